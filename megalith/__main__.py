@@ -1,0 +1,5 @@
+"""`python -m megalith` is the `megalith` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,46 @@
+"""How commands speak: JSON or text on stdout, progress on stderr, sizes for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+JSON_VERSION = 1
+_JSON_LEVELS = 3  # of objects with a line per key
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON document on stdout; every document says the version of its form."""
+    click.echo(json_text({"version": JSON_VERSION, **value}))
+
+
+def json_text(value: Any, level: int = 0) -> str:
+    """ASCII JSON with a line per key of the outer objects and a line per object or list in their lists.
+
+    `json.dumps(..., indent=2)` would write every number on a line of its own, with an encoder in Python.
+    """
+    indent = "\n" + "  " * (level + 1)
+    if isinstance(value, dict) and value and level < _JSON_LEVELS:
+        items = [f"{json.dumps(str(key))}: {json_text(item, level + 1)}" for key, item in value.items()]
+        return f"{{{indent}{f',{indent}'.join(items)}{indent[:-2]}}}"
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return f"[{indent}{f',{indent}'.join(map(json.dumps, value))}{indent[:-2]}]"
+    return json.dumps(value)
+
+
+def human_bytes(count: int) -> str:
+    """A size such as "1.5 MiB", exact below 1 KiB."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def show_progress(wanted: bool) -> bool:
+    """Whether to draw a progress bar: when wanted and stderr is a terminal."""
+    return wanted and sys.stderr.isatty()

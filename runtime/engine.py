@@ -1,0 +1,135 @@
+"""The engine: a packed file, a backend, a tokenizer; ids or text in, logits or text out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalith.format.errors import RequestError, UnsupportedError, printable
+from megalith.format.reader import PackedFile
+from megalith.format.rope import F32
+
+from .numpy_backend import NumpyBackend
+from .sampler import SamplingParameters, sample
+from .tokenizer import Tokenizer
+
+PREFILL_CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: its id and the text that it completes."""
+
+    id: int
+    text: str
+
+
+class Engine:
+    """Runs one packed file. The file may be replaced or truncated once this is constructed."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        backend: str = "auto",
+        *,
+        max_seq_len: int | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        """`cache_bytes` bounds the NumPy backend's float32 copy of the weights; default: half of the free memory."""
+        if backend not in ("auto", "numpy", "cupy"):
+            raise RequestError(f"backend {printable(backend)} is none of auto, numpy, cupy")
+        if backend == "cupy":
+            raise UnsupportedError("this version has no cupy backend: use numpy")
+        with PackedFile(path) as packed:
+            self.config = packed.index.config
+            limit = self.config.max_seq_len
+            if max_seq_len is not None and not 1 <= max_seq_len <= limit:
+                raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
+            self.max_seq_len = max_seq_len or limit
+            self.backend = NumpyBackend(packed, cache_bytes)
+            self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
+        self._shown = printable(path)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The file's tokenizer; RequestError when it has none."""
+        if self._tokenizer is None:
+            raise RequestError(f"{self._shown}: holds no tokenizer.json: give token ids instead of text")
+        return self._tokenizer
+
+    def logits(self, ids: Sequence[int]) -> F32:
+        """float32 [len(ids), vocab_size]: for each position, the scores of the token after it."""
+        tokens = self._check_ids(ids)
+        cache = self.backend.new_cache()
+        return np.concatenate([self.backend.forward(chunk, cache, len(tokens), False) for chunk in _chunks(tokens)])
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> Iterator[str]:
+        """Pieces of text as they come; ends at an end-of-sequence token, `max_tokens`, or the longest context."""
+        parameters = SamplingParameters(temperature, top_k, top_p, min_p, seed)
+        tokens = self.generate_tokens(prompt, parameters, max_tokens=max_tokens, ignore_eos=ignore_eos)
+        return (token.text for token in tokens if token.text)
+
+    def generate_tokens(
+        self,
+        prompt: str | Sequence[int],
+        parameters: SamplingParameters | None = None,
+        *,
+        max_tokens: int = 256,
+        ignore_eos: bool = False,
+    ) -> Iterator[Token]:
+        """Generated tokens as they come, an end-of-sequence token included."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if max_tokens < 0:
+            raise RequestError(f"max_tokens is {max_tokens}: must be 0 or more")
+        tokens = self._check_ids(ids)
+        return self._generate(tokens, parameters or SamplingParameters(), max_tokens, ignore_eos)
+
+    def _generate(
+        self, tokens: NDArray[np.int64], parameters: SamplingParameters, max_tokens: int, ignore_eos: bool
+    ) -> Iterator[Token]:
+        stream = self._tokenizer.stream(tokens.tolist()) if self._tokenizer else None
+        cache = self.backend.new_cache()
+        count = min(max_tokens, self.max_seq_len - len(tokens))
+        pending = tokens
+        for position in range(len(tokens), len(tokens) + count):
+            for chunk in _chunks(pending):
+                logits = self.backend.forward(chunk, cache, position, True)
+            chosen = sample(logits[-1], parameters, position)
+            yield Token(chosen, stream.step(chosen) if stream else "")
+            if chosen in self.config.eos_token_ids and not ignore_eos:
+                return
+            pending = np.array([chosen])
+
+    def _check_ids(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """int64 [num_tokens]; RequestError for none, too many, or one outside the vocabulary."""
+        tokens = np.asarray(ids)
+        if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in "iu":
+            raise RequestError("token ids must be a non-empty list of integers")
+        if tokens.size > self.max_seq_len:
+            raise RequestError(f"{tokens.size} tokens, at most {self.max_seq_len} fit the context")
+        wrong = (tokens < 0) | (tokens >= self.config.vocab_size)
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise RequestError(f"token {i} is {tokens[i]}: ids go from 0 to {self.config.vocab_size - 1}")
+        return tokens.astype(np.int64)
+
+
+def _chunks(tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(tokens), PREFILL_CHUNK_TOKENS):
+        yield tokens[start : start + PREFILL_CHUNK_TOKENS]

@@ -1,0 +1,232 @@
+"""The NumPy backend: the reference for correctness, and what runs where there is no GPU. Everything is float32."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalith.format.model import ModelConfig
+from megalith.format.reader import PackedFile
+from megalith.format.rope import F32, inverse_frequencies, rotation_rows
+
+from .program import Kind, Operation, build_program
+from .weights import Weights
+
+_GPT_OSS_SLOPE = 1.702
+_QUERY_BLOCK_SCORES = 1 << 23  # float32 attention scores held at a time
+
+
+class KvCache:
+    """Keys and values of one sequence, float32 [num_layers, num_key_value_heads, capacity, head_dim], grown by doubling."""
+
+    def __init__(self, num_layers: int, num_heads: int, head_dim: int) -> None:
+        self.length = 0
+        shape = (num_layers, num_heads, 64, head_dim)
+        self.keys: F32 = np.empty(shape, np.float32)
+        self.values: F32 = np.empty(shape, np.float32)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions."""
+        capacity = self.keys.shape[2]
+        if length <= capacity:
+            return
+        while capacity < length:
+            capacity *= 2
+        for name in ("keys", "values"):
+            old: F32 = getattr(self, name)
+            new = np.empty((*old.shape[:2], capacity, old.shape[3]), np.float32)
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
+
+class Rotations:
+    """Rows of the RoPE table, and for the dynamic type what lies beyond it.
+
+    As in transformers, a dynamic model rotates each forward pass by the frequencies of its longest position so far;
+    keys in the cache keep the rotation they were written with.
+    """
+
+    def __init__(self, packed: PackedFile) -> None:
+        self._rope, self._head_dim = packed.index.rope, packed.index.config.head_dim
+        _, self._table = packed.rope
+
+    def rows(self, start: int, stop: int, seq_len: int) -> F32:
+        """float32 [stop - start, head_dim/2, 2] for a pass that ends at position `seq_len` - 1."""
+        if self._rope.type != "dynamic" or seq_len <= self._rope.original_max_position_embeddings:
+            return self._table[start:stop]
+        inverse = inverse_frequencies(self._rope, self._head_dim, seq_len)
+        return rotation_rows(inverse, self._rope.attention_factor, start, stop)
+
+
+class NumpyBackend:
+    """Executes a program over one sequence at a time."""
+
+    def __init__(self, packed: PackedFile, cache_bytes: int | None = None) -> None:
+        self.config = packed.index.config
+        self.program = build_program(packed.index)
+        self.weights = Weights(packed, cache_bytes)
+        self.rotations = Rotations(packed)
+
+    def new_cache(self) -> KvCache:
+        """An empty KV cache."""
+        config = self.config
+        return KvCache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+
+    def forward(self, ids: NDArray[np.int64], cache: KvCache, seq_len: int, last_only: bool) -> F32:
+        """Logits float32 [num_tokens or 1, vocab_size] of tokens appended to the sequence in `cache`.
+
+        `seq_len` is the length the prompt or sequence will have at the end of this prefill (dynamic RoPE asks for it).
+        """
+        cache.reserve(cache.length + len(ids))
+        start, stop = cache.length, cache.length + len(ids)
+        rotation = self.rotations.rows(start, stop, seq_len)
+        x = h = a = q = np.empty(0, np.float32)
+        experts = np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+        for op in self.program:
+            if op.kind is Kind.EMBED:
+                x = self.weights.rows(op.weight, ids).astype(np.float32)
+            elif op.kind is Kind.NORM:
+                h = rms_norm(x, self.weights.vector(op.weight), self.config.rms_norm_eps)
+            elif op.kind is Kind.QKV:
+                q = self._qkv(op, h, rotation, cache)
+            elif op.kind is Kind.ATTENTION:
+                sinks = self.weights.vector(op.sinks) if op.sinks >= 0 else None
+                a = attention(q, cache.keys[op.layer, :, :stop], cache.values[op.layer, :, :stop], op.window, sinks)
+            elif op.kind is Kind.PROJECT:
+                x += self.weights.multiply(a, op.weight, op.bias)
+            elif op.kind is Kind.GATE_UP:
+                a = swiglu(self.weights.multiply(h, op.weight, op.bias), self.config.swiglu_limit)
+            elif op.kind is Kind.ROUTE:
+                experts = route(self.weights.multiply(h, op.weight, op.bias), self.config)
+            elif op.kind is Kind.EXPERTS:
+                x += self._experts(op, h, *experts)
+            else:
+                h = h[-1:] if last_only else h
+                a = self.weights.multiply(h, op.weight)
+        cache.length = stop
+        return a
+
+    def _qkv(self, op: Operation, h: F32, rotation: F32, cache: KvCache) -> F32:
+        """Queries float32 [num_tokens, num_attention_heads, head_dim]; keys and values go to the cache."""
+        config, num_tokens = self.config, len(h)
+        y = self.weights.multiply(h, op.weight, op.bias)
+        q, k, v = np.split(y, (config.q_rows, config.q_rows + config.kv_rows), axis=1)
+        if config.qk_norm == "full":
+            q, k = self._normalised(op, q, k)
+        if config.clip_qkv is not None:
+            q, k, v = (np.clip(part, -np.float32(config.clip_qkv), np.float32(config.clip_qkv)) for part in (q, k, v))
+        q, k, v = (part.reshape(num_tokens, -1, config.head_dim) for part in (q, k, v))
+        if config.qk_norm == "head":
+            q, k = self._normalised(op, q, k)
+        start, stop = cache.length, cache.length + num_tokens
+        cache.keys[op.layer, :, start:stop] = rotate(k, rotation).swapaxes(0, 1)
+        cache.values[op.layer, :, start:stop] = v.swapaxes(0, 1)
+        return rotate(q, rotation)
+
+    def _normalised(self, op: Operation, q: F32, k: F32) -> tuple[F32, F32]:
+        eps = self.config.rms_norm_eps
+        return rms_norm(q, self.weights.vector(op.q_norm), eps), rms_norm(k, self.weights.vector(op.k_norm), eps)
+
+    def _experts(self, op: Operation, h: F32, chosen: NDArray[np.int64], shares: F32) -> F32:
+        """Sum of the chosen experts' outputs, float32 [num_tokens, hidden_size]; only chosen experts are evaluated."""
+        config, total = self.config, np.zeros((len(h), self.config.hidden_size), np.float32)
+        for expert in np.unique(chosen).tolist():
+            first = op.weight + expert * op.blobs_per_expert
+            gate_up, gate_up_bias, down, down_bias = (
+                (first, first + 1, first + 2, first + 3) if config.expert_bias else (first, -1, first + 1, -1)
+            )
+            token, slot = np.nonzero(chosen == expert)
+            inner = swiglu(self.weights.multiply(h[token], gate_up, gate_up_bias), config.swiglu_limit)
+            total[token] += shares[token, slot][:, None] * self.weights.multiply(inner, down, down_bias)
+        return total
+
+
+def route(logits: F32, config: ModelConfig) -> tuple[NDArray[np.int64], F32]:
+    """Chosen experts int64 and their shares float32, both [num_tokens, num_experts_per_tok], from logits of all experts.
+
+    Among equal scores the expert with the lower number is chosen.
+    """
+    count = config.num_experts_per_tok
+    if config.router == "top_k_then_softmax":
+        chosen = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+        return chosen, softmax(np.take_along_axis(logits, chosen, axis=1))
+    scores = softmax(logits)
+    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    shares = np.take_along_axis(scores, chosen, axis=1)
+    return chosen, shares / shares.sum(axis=1, keepdims=True) if config.norm_topk_prob else shares
+
+
+def softmax(x: F32) -> F32:
+    """Over the last axis."""
+    exponentials: F32 = np.exp(x - x.max(axis=-1, keepdims=True))
+    total: F32 = exponentials.sum(axis=-1, keepdims=True)
+    return exponentials / total
+
+
+def rms_norm(x: F32, weight: F32, eps: float) -> F32:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467)."""
+    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+    scaled: F32 = x * (np.float32(1.0) / np.sqrt(mean_square + np.float32(eps)))
+    return scaled * weight
+
+
+def rotate(x: F32, rotation: F32) -> F32:
+    """Rotate pairs (i, i + head_dim/2) of x [num_tokens, heads, head_dim] by rotation [num_tokens, head_dim/2, 2]."""
+    cos, sin = rotation[:, None, :, 0], rotation[:, None, :, 1]
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+
+
+def swiglu(y: F32, limit: float | None) -> F32:
+    """silu(gate) * up of y [num_tokens, 2 * intermediate_size] (arXiv 2002.05202).
+
+    With a limit gpt-oss' form: gate = min(gate, limit), up clamped to +-limit, gate * sigmoid(1.702 gate) * (up + 1).
+    """
+    gate, up = np.split(y, 2, axis=1)
+    slope = np.float32(1.0)
+    if limit is not None:
+        gate, up = np.minimum(gate, np.float32(limit)), np.clip(up, -np.float32(limit), np.float32(limit)) + np.float32(1.0)
+        slope = np.float32(_GPT_OSS_SLOPE)
+    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
+        sigmoid: F32 = np.float32(1.0) / (np.float32(1.0) + np.exp(-slope * gate))
+    return gate * sigmoid * up
+
+
+def attention(q: F32, keys: F32, values: F32, window: int, sinks: F32 | None = None) -> F32:
+    """Causal attention of the last num_tokens positions, with grouped queries.
+
+    q: [num_tokens, num_attention_heads, head_dim]; keys, values: [num_key_value_heads, length, head_dim], these tokens
+    included; `window` positions, self included, or 0 for all; `sinks` [num_attention_heads], one more logit per head that
+    takes its share and gives nothing. Returns [num_tokens, num_attention_heads * head_dim].
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    length, group = keys.shape[1], num_heads // len(keys)
+    by_head = q.transpose(1, 0, 2).reshape(len(keys), group, num_tokens, head_dim) * np.float32(head_dim**-0.5)
+    out = np.empty((num_tokens, num_heads, head_dim), np.float32)
+    block = max(1, _QUERY_BLOCK_SCORES // (num_heads * length))
+    for start in range(0, num_tokens, block):
+        stop = min(start + block, num_tokens)
+        last = length - num_tokens + stop
+        first = max(0, length - num_tokens + start - window + 1) if window else 0
+        part = by_head[:, :, start:stop].reshape(len(keys), group * (stop - start), head_dim)
+        scores = (part @ keys[:, first:last].swapaxes(1, 2)).reshape(len(keys), group, stop - start, last - first)
+        if stop - start > 1 or window:
+            position = np.arange(last - (stop - start), last)[:, None]
+            key = np.arange(first, last)
+            visible = key <= position
+            if window:
+                visible &= key > position - window
+            scores = np.where(visible, scores, np.float32(-np.inf))
+        largest = scores.max(axis=-1, keepdims=True)
+        if sinks is not None:
+            sink = sinks.reshape(len(keys), group, 1, 1)
+            largest = np.maximum(largest, sink)
+        scores -= largest
+        np.exp(scores, out=scores)
+        total = scores.sum(axis=-1, keepdims=True)
+        scores /= total if sinks is None else total + np.exp(sink - largest)
+        mixed = scores.reshape(len(keys), group * (stop - start), last - first) @ values[:, first:last]
+        mixed = mixed.reshape(num_heads, stop - start, head_dim)
+        out[start:stop] = mixed.swapaxes(0, 1)
+    return out.reshape(num_tokens, num_heads * head_dim)
