@@ -45,13 +45,20 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def make_context(self, *arguments: Any, **keywords: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **keywords)  # prints --help and --version
+        except BrokenPipeError:
+            _drop_output()
+            raise click.exceptions.Exit(0) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
         except BrokenPipeError:  # whoever reads has seen enough; click would exit with 1, which means "different" here
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 0
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -68,6 +75,11 @@ def group() -> None:
     """
 
 
+def _drop_output() -> None:
+    """What is still buffered cannot be written either, and would raise again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code."""
     sys.exit(run(arguments))
@@ -75,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code instead of exiting."""
-    from megalith.format.errors import MegalithError
+    from megalith.format.errors import FileError, MegalithError
 
     try:
         result = group.main(args=arguments, prog_name="megalith", standalone_mode=False)
@@ -86,6 +98,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except OSError as error:  # files raise FileError: this is the output
+        _drop_output()
+        click.echo(f"megalith: {FileError.wrap(error.filename or 'standard output', error)}", err=True)
+        return FileError.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("megalith: interrupted", err=True)
         return 130
