@@ -25,7 +25,7 @@ def verify(file: Path, against: Path | None, jobs: int | None, as_json: bool, no
     import megalith
     from megalith.converter.against import compare_with_checkpoint
     from megalith.converter.convert import default_jobs
-    from megalith.format.errors import EXIT_DIFFERENT
+    from megalith.format.errors import EXIT_DIFFERENT, printable
     from megalith.format.verify import verify_checksums
 
     jobs = jobs or default_jobs()
@@ -40,6 +40,7 @@ def verify(file: Path, against: Path | None, jobs: int | None, as_json: bool, no
                 packed.check_rest()
             mismatches = compare_with_checkpoint(packed, against, jobs, bar.update) if against else []
         nbytes = packed.file_bytes
+        rounded = sum(record.loss.rounded for record in packed.records) if not broken else None
     if as_json:
         print_json(
             {
@@ -48,6 +49,7 @@ def verify(file: Path, against: Path | None, jobs: int | None, as_json: bool, no
                 "checksum_seconds": seconds,
                 "broken_chunks": [vars(chunk) for chunk in broken],
                 "against": str(against) if against else None,
+                "rounded": rounded,
                 "mismatches": [vars(mismatch) for mismatch in mismatches],
             }
         )
@@ -58,6 +60,7 @@ def verify(file: Path, against: Path | None, jobs: int | None, as_json: bool, no
         if len(lines) > _SHOWN:
             click.echo(f"{file}: and {len(lines) - _SHOWN} more")
         if not lines:
-            compared = f", equal to {against} bit by bit" if against else ""
+            kept = "bit by bit" if not rounded else f"as it was converted, which rounded {rounded:,} values"
+            compared = f", equal to {printable(against)} {kept}" if against else ""
             click.echo(f"{file}: {human_bytes(nbytes)} match their checksums{compared}")
     return EXIT_DIFFERENT if broken or mismatches else 0

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import megalith
 from megalith.cli import run
+from megalith.converter.plan import Options
 from megalith.format.errors import FileError
 from megalith.format.verify import verify_checksums
 
@@ -74,6 +75,18 @@ def test_a_changed_checkpoint_is_found(tmp_path: Path, capsys: pytest.CaptureFix
     (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     assert run(["verify", str(path), "--against", str(source)]) == 1
     assert "config.json: contents differ" in capsys.readouterr().out
+
+
+def test_what_a_conversion_rounded_is_not_called_equal_bit_by_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = GoldenModel("llama3_rope")
+    for options, words in ((Options(), "bit by bit"), (Options(linear="mxfp4"), "as it was converted, which rounded ")):
+        path = model.pack(tmp_path, options)
+        assert run(["verify", str(path), "--against", str(model.folder)]) == 0
+        assert f", equal to {model.folder} {words}" in capsys.readouterr().out
+    with megalith.open(path) as packed:
+        rounded = sum(record.loss.rounded for record in packed.records)
+    assert run(["verify", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rounded"] == rounded > 0
 
 
 def test_a_file_truncated_meanwhile_is_an_error_and_no_sigbus(packed_llama: Path) -> None:
