@@ -24,8 +24,8 @@ ANSWER = "The capital of France is Paris."
 
 def build(folder: Path, *options: str) -> Path:
     tool = ROOT / "tools" / "make_demo_model.py"
-    # a folder of its own for the download: builds may run at the same time
-    command = [sys.executable, tool, folder, "--download-dir", ROOT / ".cache" / folder.name, *options]
+    # the folder of `make demo`; of builds at the same time one downloads, and the others wait
+    command = [sys.executable, tool, folder, "--download-dir", ROOT / ".cache", *options]
     subprocess.run(command, check=True, cwd=ROOT)
     return folder
 

