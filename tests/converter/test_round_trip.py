@@ -91,7 +91,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, np
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(config=configs(), dtype=st.sampled_from(["BF16", "F16", "F32"]), seed=st.integers(0, 2**32))
 def test_unpack_gives_back_every_bit(
     tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], dtype: str, seed: int

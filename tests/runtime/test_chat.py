@@ -52,7 +52,7 @@ def test_templates_have_what_transformers_offers(template: str, text: str) -> No
         ("{{ ''.__class__.__mro__ }}", "SecurityError|unsafe"),
         ("{{ messages.append(1) }}", "SecurityError|unsafe"),
         ("{{ 'a' * 3000000000 }}", "memory"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "processor time"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "processor time|ran longer"),
         ("{{ 'a' * 20000000 }}", "16 Mi characters"),
         ("{{ (1).__class__ }}{{ 1 / 0 }}", "ZeroDivisionError|SecurityError|unsafe"),
     ],
@@ -61,4 +61,4 @@ def test_hostile_templates_end_in_an_error(template: str | None, message: str) -
     begun = time.monotonic()
     with pytest.raises(RequestError, match=message):
         render(template)
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 30, "the limit is 10; the rest is for a busy machine"
