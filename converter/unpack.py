@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Unpacked:
 
 
 def unpack(packed: PackedFile, folder: str | os.PathLike[str], progress: Progress = lambda _: None) -> Unpacked:
-    """Write the checkpoint into `folder`, which must not exist or be empty.
+    """Write the checkpoint into `folder`, which must not exist or be empty; nothing is there unless it is complete.
 
     Every weight has the bits that the packed file holds; where the conversion changed the dtype, config.json's dtype
     is changed with it and `converted` is true.
@@ -49,18 +50,19 @@ def unpack(packed: PackedFile, folder: str | os.PathLike[str], progress: Progres
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError(f"{printable(target)}: exists and is not an empty folder")
-    partial = target.with_name(target.name + ".partial")
+    if not target.name:
+        raise RequestError(f"{printable(target)}: is where the command runs; name a folder in it")
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
         partial.mkdir(parents=True)
         result = _write_folder(packed, partial, progress)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        fsync_folder(partial)
+        partial.rename(target)  # takes the place of an empty folder, and of nothing else
         fsync_folder(target.parent)
     except OSError as error:
         raise FileError.wrap(target, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # after the rename there is none
     return result
 
 
