@@ -69,3 +69,9 @@ class FileError(MegalithError):
     @classmethod
     def wrap(cls, path: object, error: OSError) -> FileError:
         return cls(f"{printable(path)}: {error.strerror or error}")
+
+
+class DeviceError(MegalithError):
+    """The GPU or its driver refused or failed."""
+
+    exit_code = EXIT_IO

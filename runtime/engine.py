@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalith.format.errors import RequestError, UnsupportedError, printable
+from megalith.format.errors import RequestError, printable
 from megalith.format.reader import PackedFile
 from megalith.format.rope import F32
 
+from .backend import Backend
 from .numpy_backend import NumpyBackend
 from .sampler import SamplingParameters, sample
 from .tokenizer import Tokenizer
@@ -43,15 +46,13 @@ class Engine:
         """`cache_bytes` bounds the NumPy backend's float32 copy of the weights; default: half of the free memory."""
         if backend not in ("auto", "numpy", "cupy"):
             raise RequestError(f"backend {printable(backend)} is none of auto, numpy, cupy")
-        if backend == "cupy":
-            raise UnsupportedError("this version has no cupy backend: use numpy")
         with PackedFile(path) as packed:
             self.config = packed.index.config
             limit = self.config.max_seq_len
             if max_seq_len is not None and not 1 <= max_seq_len <= limit:
                 raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
             self.max_seq_len = max_seq_len or limit
-            self.backend = NumpyBackend(packed, cache_bytes)
+            self.backend: Backend = _make_backend(backend, packed, self.max_seq_len, cache_bytes)
             self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
         self._shown = printable(path)
 
@@ -65,8 +66,8 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> F32:
         """float32 [len(ids), vocab_size]: for each position, the scores of the token after it."""
         tokens = self._check_ids(ids)
-        cache = self.backend.new_cache()
-        return np.concatenate([self.backend.forward(chunk, cache, len(tokens), False) for chunk in _chunks(tokens)])
+        with self._sequence() as cache:
+            return np.concatenate([self.backend.forward(chunk, cache, len(tokens), False) for chunk in _chunks(tokens)])
 
     def generate(
         self,
@@ -104,17 +105,25 @@ class Engine:
         self, tokens: NDArray[np.int64], parameters: SamplingParameters, max_tokens: int, ignore_eos: bool
     ) -> Iterator[Token]:
         stream = self._tokenizer.stream(tokens.tolist()) if self._tokenizer else None
-        cache = self.backend.new_cache()
         count = min(max_tokens, self.max_seq_len - len(tokens))
         pending = tokens
-        for position in range(len(tokens), len(tokens) + count):
-            for chunk in _chunks(pending):
-                logits = self.backend.forward(chunk, cache, position, True)
-            chosen = sample(logits[-1], parameters, position)
-            yield Token(chosen, stream.step(chosen) if stream else "")
-            if chosen in self.config.eos_token_ids and not ignore_eos:
-                return
-            pending = np.array([chosen])
+        with self._sequence() as cache:
+            for position in range(len(tokens), len(tokens) + count):
+                for chunk in _chunks(pending):
+                    logits = self.backend.forward(chunk, cache, position, True)
+                chosen = sample(logits[-1], parameters, position)
+                yield Token(chosen, stream.step(chosen) if stream else "")
+                if chosen in self.config.eos_token_ids and not ignore_eos:
+                    return
+                pending = np.array([chosen])
+
+    @contextmanager
+    def _sequence(self) -> Iterator[Any]:
+        cache = self.backend.new_cache()
+        try:
+            yield cache
+        finally:
+            self.backend.close_cache(cache)
 
     def _check_ids(self, ids: Sequence[int]) -> NDArray[np.int64]:
         """int64 [num_tokens]; RequestError for none, too many, or one outside the vocabulary."""
@@ -128,6 +137,15 @@ class Engine:
             i = int(wrong.argmax())
             raise RequestError(f"token {i} is {tokens[i]}: ids go from 0 to {self.config.vocab_size - 1}")
         return tokens.astype(np.int64)
+
+
+def _make_backend(name: str, packed: PackedFile, max_seq_len: int, cache_bytes: int | None) -> Backend:
+    """ "auto" takes CuPy where CuPy and a device are there."""
+    from .cupy_backend import CupyBackend, has_device
+
+    if name == "cupy" or (name == "auto" and has_device()):
+        return CupyBackend(packed, max_seq_len=max_seq_len)
+    return NumpyBackend(packed, cache_bytes)
 
 
 def _chunks(tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -72,6 +72,9 @@ class NumpyBackend:
         config = self.config
         return KvCache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
+    def close_cache(self, cache: KvCache) -> None:
+        """Nothing to do: its memory is the caller's."""
+
     def forward(self, ids: NDArray[np.int64], cache: KvCache, seq_len: int, last_only: bool) -> F32:
         """Logits float32 [num_tokens or 1, vocab_size] of tokens appended to the sequence in `cache`.
 

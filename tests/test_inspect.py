@@ -295,6 +295,7 @@ def test_tile_text_cuts_a_wide_page(packed: dict[str, Path], capsys: pytest.Capt
         (["--tensor", UP_PROJ, "--tile", "0"], "row block and a page column"),
         (["--tensor", UP_PROJ, "--tile", "-1,0"], "row block and a page column"),
         (["--batch", "2"], "--batch goes with --memory"),
+        (["--gpu-memory", "80"], "--gpu-memory goes with --memory"),
         (["--memory", "--context", "1000000"], "at most"),
     ],
 )
@@ -312,15 +313,32 @@ def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_memory(packed: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    memory = inspect_json(capsys, packed["llama2"], "--memory", "--context", "64", "--batch", "3")["memory"]
+    memory = inspect_json(capsys, packed["llama2"], "--memory", "--context", "65", "--batch", "3")["memory"]
     with PackedFile(packed["llama2"]) as file:
         config, sections = file.index.config, {section.kind: section.nbytes for section in file.header.sections}
     plan = {entry["name"]: entry["bytes"] for entry in memory["plan"]}
     assert (plan["weights"], plan["rope"]) == (sections["image"], sections["rope"])
-    assert plan["kv_cache"] == 2 * config.num_hidden_layers * config.kv_rows * 2 * 64 * 3
-    assert plan["logits"] == config.vocab_size * 4 * 3
-    assert memory["total_bytes"] == sum(plan.values())
-    assert f"{memory['total_bytes']:,}" in inspect_text(capsys, packed["llama2"], "--memory", "--context", "64", "--batch", "3")
+    pitch = -(-config.head_dim // 64) * 64
+    assert plan["kv_cache"] == 2 * config.num_hidden_layers * config.num_key_value_heads * pitch * 2 * 64 * 2 * 3
+    assert plan["logits"] == -(-config.vocab_size // 16) * 16 * 4 * 3
+    end = 0
+    for entry in memory["plan"]:
+        assert end <= entry["offset"] < end + 4096
+        assert entry["offset"] % entry["alignment"] == 0
+        end = entry["offset"] + entry["bytes"]
+    assert end <= memory["total_bytes"] < end + 4096
+    assert f"{memory['total_bytes']:,}" in inspect_text(capsys, packed["llama2"], "--memory", "--context", "65", "--batch", "3")
+
+
+def test_memory_fills_a_gpu(packed: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--memory", "--context", "64", "--gpu-memory"]
+    memory = inspect_json(capsys, packed["llama2"], *options, "0.5")["memory"]
+    plan = {entry["name"]: entry["bytes"] for entry in memory["plan"]}
+    page = plan["kv_cache"] // memory["num_pages"]
+    assert memory["total_bytes"] <= 2**29 < memory["total_bytes"] + page
+    assert memory["gpu_memory_bytes"] == 2**29
+    assert run(["inspect", str(packed["llama2"]), *options, "0.001"]) == 2
+    assert "weights and buffers need" in capsys.readouterr().err
 
 
 def test_experts(packed: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

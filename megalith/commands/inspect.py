@@ -44,6 +44,12 @@ def _position(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option("--context", type=click.IntRange(1), help="With --memory: positions of a sequence; default: all the file is for.")
 @click.option("--batch", type=click.IntRange(1, 1 << 20), help="With --memory: sequences at a time; default 1.")
 @click.option(
+    "--gpu-memory",
+    metavar="GIB",
+    type=click.FloatRange(0, 1 << 20, min_open=True),
+    help="With --memory: GiB of device memory to fill; the KV cache takes what is left.",
+)
+@click.option(
     "--heatmap",
     type=click.Path(path_type=Path),
     metavar="OUT.html",
@@ -72,6 +78,7 @@ def _check_options(options: dict[str, Any]) -> None:
         ("--usage", "--experts", options["usage"] is not None and not options["experts"]),
         ("--context", "--memory", options["context"] is not None and not options["memory"]),
         ("--batch", "--memory", options["batch"] is not None and not options["memory"]),
+        ("--gpu-memory", "--memory", options["gpu_memory"] is not None and not options["memory"]),
     ):
         if given:
             raise click.UsageError(f"{name} goes with {needed}")
@@ -115,7 +122,8 @@ def _views(packed: PackedFile, options: dict[str, Any]) -> list[View]:
     if options["memory"]:
         from megalith.inspection.memory import memory, memory_text
 
-        plan = memory(packed, options["context"], options["batch"] or 1)
+        gib = options["gpu_memory"]
+        plan = memory(packed, options["context"], options["batch"] or 1, None if gib is None else int(gib * 2**30))
         views.append(("memory", plan, memory_text(plan)))
     if options["heatmap"] is not None:
         from megalith.inspection.heatmap import write_heatmap

@@ -1,4 +1,4 @@
-"""The memory that running a packed file takes, computed without a GPU."""
+"""The device memory that running a packed file takes: the plan of the runtime's arena, without a GPU."""
 
 from __future__ import annotations
 
@@ -13,72 +13,46 @@ from megalith.format.experts import ExpertIndex
 from megalith.format.model import ModelConfig
 from megalith.format.reader import PackedFile
 from megalith.output import human_bytes
+from megalith.runtime.arena import ArenaPlan, FileSpan, plan_arena
+from megalith.runtime.cupy_backend import DEFAULT_PREFILL_TOKENS
+from megalith.runtime.gpu_buffers import PAGE_TOKENS, Limits, page_bytes
 
-Plan = list[dict[str, Any]]
+Entries = list[dict[str, Any]]
+
+# where there is no GPU to ask: one H100 or H200
+DEVICE = {"num_sms": 132, "shared_memory_bytes": 228 << 10, "has_wgmma": True}
 
 
-def memory_plan(config: ModelConfig, image_bytes: int, rope_bytes: int, context: int, batch: int) -> Plan:
-    """Entries of name, bytes and the formula that gives them; KV cache and activations hold 16-bit elements.
-
-    Every layer keeps `context` positions, one with a sliding window too. Activations are those of one decode step.
-    """
-    sequences = _sequences(batch)
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    qkv_rows = config.q_rows + 2 * config.kv_rows
-    inner, inner_text = _widest_mlp(config)
-    widest = 2 * hidden + qkv_rows + config.q_rows + 2 * inner + config.num_experts
-    router = f" + router {config.num_experts}" if config.num_experts else ""
-    return [
-        {"name": "weights", "bytes": image_bytes, "formula": "device image, as in the file"},
-        {"name": "rope", "bytes": rope_bytes, "formula": "RoPE section, as in the file"},
-        {
-            "name": "kv_cache",
-            "bytes": 2 * layers * config.kv_rows * 2 * context * batch,
-            "formula": f"2 (K, V) x {layers} layers x {config.num_key_value_heads} heads x {config.head_dim} x 2 bytes "
-            f"x {context} positions x {sequences}",
-        },
-        {
-            "name": "activations",
-            "bytes": widest * 2 * batch,
-            "formula": f"(2 x hidden {hidden} + qkv {qkv_rows} + attention {config.q_rows} + 2 x {inner_text}{router}) "
-            f"x 2 bytes x {sequences}",
-        },
-        {
-            "name": "logits",
-            "bytes": config.vocab_size * 4 * batch,
-            "formula": f"{config.vocab_size} x 4 bytes x {sequences}",
-        },
-    ]
+def arena_plan(packed: PackedFile, context: int, batch: int, memory_bytes: int | None) -> ArenaPlan:
+    """The runtime's own plan for `DEVICE`: pages for `batch` whole contexts, or all that `memory_bytes` leave room for."""
+    limits = Limits(
+        max_sequences=batch, max_seq_len=context, max_prefill_tokens=min(DEFAULT_PREFILL_TOKENS, context), num_pages=0,
+        num_sms=int(DEVICE["num_sms"]), shared_limit=int(DEVICE["shared_memory_bytes"]), has_wgmma=bool(DEVICE["has_wgmma"]),
+        counts_tokens=True,
+    )  # fmt: skip
+    return plan_arena(packed.index.config, FileSpan.of(packed.header), limits, memory_bytes)
 
 
 def _sequences(batch: int) -> str:
     return f"{batch} sequence{'s' if batch > 1 else ''}"
 
 
-def _widest_mlp(config: ModelConfig) -> tuple[int, str]:
-    """Intermediate elements of one token in the layer that has most, and the words for them."""
-    dense = 0 if all(config.sparse_layers) else config.intermediate_size
-    chosen = config.num_experts_per_tok * config.moe_intermediate_size
-    if chosen > dense:
-        return chosen, f"{config.num_experts_per_tok} experts x intermediate {config.moe_intermediate_size}"
-    return dense, f"intermediate {dense}"
-
-
-def alternatives(config: ModelConfig, index: ExpertIndex | None, image_bytes: int, context: int, batch: int) -> Plan:
+def alternatives(config: ModelConfig, index: ExpertIndex | None, image_bytes: int, context: int, batch: int) -> Entries:
     """Entries that could stand for those of the same names: windowed layers that keep no more than their window, and of the
     experts only as many as one decode step uses at most in every layer, the largest.
     """
-    found: Plan = []
+    found: Entries = []
     kept = [min(window or context, context) for window in config.layer_windows]
     if min(kept) < context:
         full = sum(positions == context for positions in kept)
+        pages = sum(-(-positions // PAGE_TOKENS) for positions in kept)
+        each = page_bytes(config) // config.num_hidden_layers
         found.append(
             {
                 "name": "kv_cache",
-                "bytes": 2 * config.kv_rows * 2 * sum(kept) * batch,
-                "formula": f"if windowed layers kept their window only: 2 (K, V) x {config.num_key_value_heads} heads x "
-                f"{config.head_dim} x 2 bytes x {sum(kept)} positions in all layers, {full} of them whole, "
-                f"x {_sequences(batch)}",
+                "bytes": each * pages * batch,
+                "formula": f"if windowed layers kept their window only: {pages} pages of one layer x {each}, {full} of "
+                f"{len(kept)} layers whole, x {_sequences(batch)}",
             }
         )
     count = config.num_experts_per_tok * batch  # of a layer's experts at most, in one decode step
@@ -104,21 +78,28 @@ def _expert_bytes(index: ExpertIndex) -> NDArray[np.int64]:
     return sizes
 
 
-def memory(packed: PackedFile, context: int | None, batch: int) -> dict[str, Any]:
+def memory(packed: PackedFile, context: int | None, batch: int, memory_bytes: int | None = None) -> dict[str, Any]:
     """JSON-ready plan; `context` defaults to the longest that the file is for."""
     config, experts = packed.index.config, packed.index.experts
     positions = config.max_seq_len if context is None else context
     if positions > config.max_seq_len:
         raise RequestError(f"--context {positions}: the file is for at most {config.max_seq_len} positions")
-    sections = {section.kind: section.nbytes for section in packed.header.sections}
-    plan = memory_plan(config, sections["image"], sections["rope"], positions, batch)
+    plan = arena_plan(packed, positions, batch, memory_bytes)
     return {
         "context": positions,
         "batch": batch,
-        "plan": plan,
-        "total_bytes": sum(entry["bytes"] for entry in plan),
+        "prefill_tokens": plan.limits.max_prefill_tokens,
+        "gpu_memory_bytes": memory_bytes,
+        "device": DEVICE,
+        "num_pages": plan.limits.num_pages,
+        "page_tokens": PAGE_TOKENS,
+        "plan": [
+            {"name": r.name, "offset": r.offset, "bytes": r.nbytes, "alignment": r.alignment, "formula": r.formula}
+            for r in plan.regions
+        ],
+        "total_bytes": plan.nbytes,
         "experts": None if experts is None else _experts(experts, config),
-        "alternatives": alternatives(config, experts, sections["image"], positions, batch),
+        "alternatives": alternatives(config, experts, packed.header.section("image").nbytes, positions, batch),
     }
 
 
@@ -135,17 +116,24 @@ def _experts(index: ExpertIndex, config: ModelConfig) -> dict[str, int]:
 
 
 def memory_text(data: dict[str, Any]) -> list[str]:
-    """One line per entry, the total, the experts' part of it, and what other choices would take."""
-    lines = [f"device memory for {data['batch']} x {data['context']} positions, every expert and every position kept"]
+    """One line per region, the total, the experts' part of it, and what other choices would take."""
+    device, pages = data["device"], data["num_pages"]
+    lines = [
+        f"device memory for {data['batch']} x {data['context']} positions, prefill of {data['prefill_tokens']} tokens at a time, "
+        f"on a GPU of {device['num_sms']} multiprocessors",
+        f"  {'region':<18} {'offset':>18} {'bytes':>18}",
+    ]
     lines += [_entry_text(entry) for entry in data["plan"]]
     total, experts = data["total_bytes"], data["experts"]
-    lines.append(f"  {'total':<12} {total:>18,}  bytes ({human_bytes(total)})")
+    lines.append(f"  {'total':<18} {'':>18} {total:>18,}  one allocation ({human_bytes(total)})")
+    lines.append(f"the KV cache holds {pages * data['page_tokens']:,} positions in {pages:,} pages")
     if experts:
         small, large = experts["smallest_expert_bytes"], experts["largest_expert_bytes"]
         each = f"{small:,}" if small == large else f"{small:,} to {large:,}"
         lines.append(
             f"experts, within the weights: {experts['bytes']:,} bytes in {experts['num_layers']} layers x "
-            f"{experts['num_experts']} experts x {each} bytes; a token uses {experts['num_experts_per_tok']} per layer"
+            f"{experts['num_experts']} experts x {each} bytes; a token uses {experts['num_experts_per_tok']} per layer; "
+            "their activations are not in the plan yet"
         )
     if data["alternatives"]:
         lines += ["less is needed, in place of the above", *map(_entry_text, data["alternatives"])]
@@ -153,4 +141,5 @@ def memory_text(data: dict[str, Any]) -> list[str]:
 
 
 def _entry_text(entry: dict[str, Any]) -> str:
-    return f"  {entry['name']:<12} {entry['bytes']:>18,}  {entry['formula']}"
+    offset = f"{entry['offset']:,}" if "offset" in entry else ""
+    return f"  {entry['name']:<18} {offset:>18} {entry['bytes']:>18,}  {entry['formula']}"

@@ -1,0 +1,136 @@
+"""Times of loading, prefill and decode on the GPU, as the engine runs them: kernels, copies and the host's part included."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalith.format.reader import PackedFile
+
+from .cupy_backend import CupyBackend
+
+DECODE_STEPS = 32  # timed together: the host enqueues them ahead of the device
+DECODE_SAMPLES = 7
+PREFILL_SAMPLES = 5
+NOMINAL_GBYTES_PER_S = {"H200": 4800.0, "H100 80GB HBM3": 3350.0}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure; None where it does not apply. `ms` is of one decode step, one prefill, one load."""
+
+    work: str
+    path: str | None
+    batch: int | None
+    context: int | None
+    ms: float
+    tokens_per_s: float | None
+    gbytes_per_s: float | None
+    percent_nominal: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: (batch, context) pairs for decode, prompt lengths for prefill."""
+
+    decode: Sequence[tuple[int, int]]
+    prefill: Sequence[int]
+    use_graphs: bool = True
+
+
+class Bench:
+    """One loaded file under the stopwatch."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self._plan = plan
+        longest = max([context for _, context in plan.decode] + list(plan.prefill))
+        pages = max(
+            [batch * -(-(context + 2 * DECODE_STEPS) // 64) for batch, context in plan.decode]
+            + [-(-n // 64) for n in plan.prefill]
+        )
+        begun = time.perf_counter()
+        with PackedFile(path) as packed:
+            self.config = packed.index.config
+            self._backend = CupyBackend(
+                packed,
+                max_seq_len=longest + 4 * DECODE_STEPS,
+                max_sequences=max([batch for batch, _ in plan.decode] + [1]),
+                max_prefill_tokens=max([*plan.prefill, 2048]),
+                num_pages=pages,
+                use_graphs=plan.use_graphs,
+            )
+            self._weight_bytes = self._bytes_of_a_step(packed)
+        self._start_seconds = time.perf_counter() - begun
+        self._rng = np.random.default_rng(0)
+
+    def results(self) -> Iterator[Result]:
+        """In the plan's order."""
+        for tokens in self._plan.prefill:
+            yield self._prefill(tokens)
+        for batch, context in self._plan.decode:
+            yield self._decode(batch, context)
+
+    def _bytes_of_a_step(self, packed: PackedFile) -> int:
+        """Weights that one decode step reads: all but the embedding where the head is another matrix."""
+        index = packed.index
+        names = index.blobs.names
+        skipped = 0 if self.config.tie_word_embeddings else index.blob(names.index("embed_tokens")).nbytes
+        return sum(index.blob(i).nbytes for i in range(len(names))) - skipped
+
+    def _prefill(self, tokens: int) -> Result:
+        ids = self._rng.integers(0, self.config.vocab_size, tokens)
+
+        def once() -> None:
+            cache = self._backend.new_cache()
+            self._backend.forward(ids, cache, tokens, True)
+            self._backend.close_cache(cache)
+
+        seconds = self._median(once, 1, PREFILL_SAMPLES)
+        return Result("prefill", None, 1, tokens, seconds * 1e3, tokens / seconds, None, None)
+
+    def _decode(self, batch: int, context: int) -> Result:
+        backend = self._backend
+        caches = [backend.new_cache() for _ in range(batch)]
+        for cache in caches:
+            backend.forward(self._rng.integers(0, self.config.vocab_size, context), cache, context, True)
+            backend.reserve(cache, context + 2 * DECODE_STEPS)
+        slots = np.array([cache.slot for cache in caches], np.int32)
+
+        def steps() -> None:
+            for step in range(DECODE_STEPS):
+                backend.decode_step(np.full(batch, context + step, np.int32), slots)
+
+        seconds = self._median(steps, DECODE_STEPS, DECODE_SAMPLES)
+        for cache in caches:
+            backend.close_cache(cache)
+        kv_bytes = batch * context * self._kv_bytes_per_token()
+        gigabytes = (self._weight_bytes + kv_bytes) / seconds / 1e9
+        nominal = next((rate for name, rate in NOMINAL_GBYTES_PER_S.items() if name in backend.facts.name), None)
+        percent = 100 * gigabytes / nominal if nominal else None
+        path = "graph" if self._plan.use_graphs else "launches"
+        return Result("decode", path, batch, context, seconds * 1e3, batch / seconds, gigabytes, percent)
+
+    def _kv_bytes_per_token(self) -> int:
+        return 4 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim
+
+    def _median(self, work: Callable[[], None], count: int, samples: int) -> float:
+        """Seconds of one of `count` things that `work` enqueues, from the host's clock around all of them."""
+        stream = self._backend.stream
+        seconds = []
+        for sample in range(samples + 1):
+            stream.synchronize()
+            begun = time.perf_counter()
+            work()
+            stream.synchronize()
+            if sample:  # the first one warms up
+                seconds.append((time.perf_counter() - begun) / count)
+        return statistics.median(seconds)

@@ -1,0 +1,87 @@
+"""Copies from host to device as `loading` needs them: pinned memory, registered memory, asynchronous copies."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from .launch import check, cuda_driver
+
+
+class Copier(Protocol):
+    """A device that takes copies; calls come from several threads."""
+
+    def attach(self) -> None:
+        """Make the device current in the calling thread."""
+
+    def register(self, address: int, nbytes: int) -> bool:
+        """Pin mapped, read-only pages for direct copies; False when that is refused. Never touches the pages itself."""
+
+    def unregister(self, address: int) -> None:
+        """Undo `register`; no copy from there is under way."""
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        """Address of new page-locked host memory, aligned to pages."""
+
+    def free_pinned(self, address: int) -> None:
+        """Undo `allocate_pinned`."""
+
+    def copy(self, target: int, source: int, nbytes: int) -> object:
+        """Enqueue a copy from pinned or registered memory; what to `wait` for."""
+
+    def wait(self, copied: object) -> None:
+        """Until a copy and all those before it are complete."""
+
+
+class CudaCopier:
+    """The current CUDA context, copies on one of its streams."""
+
+    def __init__(self, stream: int, driver: Any = None) -> None:
+        self._driver = driver if driver is not None else cuda_driver()
+        self._stream = self._driver.CUstream(stream)
+        self._context = self._call("cuCtxGetCurrent")
+        attributes = self._driver.CUdevice_attribute
+        device = self._call("cuCtxGetDevice")
+        supports = attributes.CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED
+        # where the device reads through the host's page tables, registering pins nothing, and a truncated file faults
+        shares = attributes.CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
+        self._can_register = bool(self._call("cuDeviceGetAttribute", supports, device)) and not self._call(
+            "cuDeviceGetAttribute", shares, device
+        )
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return check(getattr(self._driver, name)(*arguments), f"loading: {name}", self._driver)
+
+    def attach(self) -> None:
+        """Make the context current in the calling thread."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def register(self, address: int, nbytes: int) -> bool:
+        """By cuMemHostRegister, read-only."""
+        if not self._can_register:
+            return False
+        (status,) = self._driver.cuMemHostRegister(address, nbytes, self._driver.CU_MEMHOSTREGISTER_READ_ONLY)
+        return bool(status == self._driver.CUresult.CUDA_SUCCESS)
+
+    def unregister(self, address: int) -> None:
+        """By cuMemHostUnregister."""
+        self._call("cuMemHostUnregister", address)
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        """By cuMemHostAlloc."""
+        return int(self._call("cuMemHostAlloc", nbytes, 0))
+
+    def free_pinned(self, address: int) -> None:
+        """By cuMemFreeHost."""
+        self._call("cuMemFreeHost", address)
+
+    def copy(self, target: int, source: int, nbytes: int) -> object:
+        """On the stream, with an event behind it."""
+        self._call("cuMemcpyHtoDAsync", target, source, nbytes, self._stream)
+        event = self._call("cuEventCreate", self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING.value)
+        self._call("cuEventRecord", event, self._stream)
+        return event
+
+    def wait(self, copied: object) -> None:
+        """Once for each copy: the event goes."""
+        self._call("cuEventSynchronize", copied)
+        self._call("cuEventDestroy", copied)

@@ -1,0 +1,141 @@
+"""Device memory of the CuPy backend beyond the file's own sections: every buffer by name, sized at plan time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalith.format.model import ModelConfig, layer_specs
+from megalith.format.tiles import padded
+
+from .linear_plan import linear_shape
+
+PAGE_TOKENS = 64
+MAX_SPLITS = 32
+ROWS_TOKENS = 16  # tokens of a product by mma.sync where wgmma takes more
+COLUMN_UNIT = 128  # activations are padded to whole steps of every weight codec
+TILE_SLACK_TOKENS = 256  # a tile of tokens may reach beyond the last panel
+SAMPLING_ROW_BYTES = 128 + 12 * 1024 + 16 * 2048
+SAMPLING_SLOT_BYTES = 64
+BIAS_ENTRIES = 300
+RESULT_BYTES = 176
+RING_STEPS = 4
+ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a backend is planned for."""
+
+    max_sequences: int
+    max_seq_len: int
+    max_prefill_tokens: int
+    num_pages: int
+    num_sms: int
+    shared_limit: int
+    has_wgmma: bool
+    counts_tokens: bool  # penalties, for which each slot keeps a count per token of the vocabulary
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.max_seq_len // PAGE_TOKENS)
+
+    @property
+    def max_tokens(self) -> int:
+        return max(self.max_prefill_tokens, self.max_sequences)
+
+    @property
+    def rows_tokens(self) -> int:
+        """Tokens that the "rows" activation layout must hold."""
+        return ROWS_TOKENS if self.has_wgmma else self.max_tokens
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A region of the arena."""
+
+    name: str
+    nbytes: int
+    formula: str
+
+
+def head_pitch(head_dim: int) -> int:
+    """Columns of a head in queries and in the cache."""
+    return padded(head_dim, 64)
+
+
+def qkv_rows(config: ModelConfig) -> int:
+    """Stored rows of the fused q, k, v matrix."""
+    return next(spec.rows for spec in layer_specs(config, False) if spec.name == "qkv_proj")
+
+
+def page_bytes(config: ModelConfig) -> int:
+    """K and V of one page in all layers."""
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * head_pitch(config.head_dim) * PAGE_TOKENS * 2
+
+
+def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
+    """All of them; sizes in bytes with the formula that gives them."""
+    tokens, batch, rows_tokens = limits.max_tokens, limits.max_sequences, limits.rows_tokens
+    widths = {"h": config.hidden_size, "a": config.q_rows, "inner": config.intermediate_size}
+    group = config.num_attention_heads // config.num_key_value_heads
+    row_blocks, rows = -(-group // 16), min(group, 16)
+    blocks = batch * config.num_key_value_heads * row_blocks
+    columns = padded(config.head_dim, 16)
+    linear = linear_shape("tile16x512", rows_tokens, limits.shared_limit)
+    vocab_pitch = padded(config.vocab_size, 16)
+    sizes: list[tuple[str, int, str]] = [
+        ("kv_cache", page_bytes(config) * limits.num_pages, f"{limits.num_pages} pages x {page_bytes(config)}"),
+        ("x", 4 * tokens * config.hidden_size, f"{tokens} tokens x {config.hidden_size} x 4"),
+        ("qkv", 4 * tokens * qkv_rows(config), f"{tokens} tokens x {qkv_rows(config)} x 4"),
+    ]
+    for name, width in widths.items():
+        pitch = padded(width, COLUMN_UNIT)
+        sizes.append((f"{name}_rows", 2 * rows_tokens * pitch, f"{rows_tokens} tokens x {pitch} x 2"))
+        if limits.has_wgmma:
+            count = padded(tokens, 8) + TILE_SLACK_TOKENS
+            sizes.append((f"{name}_tiled", 2 * count * pitch, f"{count} tokens x {pitch} x 2"))
+    query_pitch = config.num_attention_heads * head_pitch(config.head_dim)
+    sizes += [
+        ("q", 2 * tokens * query_pitch, f"{tokens} tokens x {query_pitch} x 2"),
+        ("logits", 4 * batch * vocab_pitch, f"{batch} sequences x {vocab_pitch} x 4"),
+        ("adjusted_logits", 4 * batch * vocab_pitch, f"{batch} sequences x {vocab_pitch} x 4"),
+        ("linear_partials", linear.partials_bytes(limits.num_sms, rows_tokens), "two blocks may share a row block"),
+        ("linear_flags", 4 * limits.num_sms * -(-rows_tokens // linear.tokens), "4 a block"),
+        ("attention_sums", 4 * blocks * MAX_SPLITS * rows * columns, f"{blocks} heads x {MAX_SPLITS} x {rows} x {columns} x 4"),
+        ("attention_stats", 8 * blocks * MAX_SPLITS * rows, f"{blocks} heads x {MAX_SPLITS} x {rows} x 8"),
+        ("attention_arrived", 4 * blocks, f"{blocks} heads x 4"),
+        ("sampling_work", SAMPLING_ROW_BYTES * batch, f"{batch} sequences x {SAMPLING_ROW_BYTES}"),
+        ("sampling_slots", SAMPLING_SLOT_BYTES * batch, f"{batch} sequences x {SAMPLING_SLOT_BYTES}"),
+        ("sampling_biases", 8 * BIAS_ENTRIES * batch, f"{batch} sequences x {BIAS_ENTRIES} x 8"),
+        ("token_counts", 2 * vocab_pitch * batch * limits.counts_tokens, f"{batch} sequences x {vocab_pitch} x 2, or none"),
+        ("last_token", 4 * batch, f"{batch} sequences x 4"),
+        ("finished", 4 * batch, f"{batch} sequences x 4"),
+        ("eos_tokens", 4 * max(1, len(config.eos_token_ids)), "4 an id"),
+        ("results", RESULT_BYTES * batch * RING_STEPS, f"{RING_STEPS} steps x {batch} x {RESULT_BYTES}"),
+        ("step", 8, "two counters"),
+        ("block_table", 4 * batch * limits.pages_per_sequence, f"{batch} sequences x {limits.pages_per_sequence} x 4"),
+        ("staging", staging_bytes(config, limits), "ids, positions, slots and work items of a pass"),
+    ]
+    return [Buffer(*entry) for entry in sizes]
+
+
+def max_items(config: ModelConfig, limits: Limits) -> int:
+    """Most tiles of at least 64 query rows that a prefill can have."""
+    group = config.num_attention_heads // config.num_key_value_heads
+    return limits.max_tokens * group // 64 + limits.max_sequences
+
+
+def staging_bytes(config: ModelConfig, limits: Limits) -> int:
+    """Bytes that the host sends for one pass at most: see `gpu_staging.Fields`."""
+    per_token, per_sequence, per_item = 3 * 4, 4 * 4 + 16, 8
+    fields = per_token * limits.max_tokens + per_sequence * limits.max_sequences + per_item * max_items(config, limits)
+    return padded(fields + 16 * 16, ALIGNMENT)
+
+
+def place(buffers: list[Buffer], start: int) -> tuple[dict[str, int], int]:
+    """Offsets by name from `start` on, and the end."""
+    offsets, at = {}, padded(start, ALIGNMENT)
+    for buffer in buffers:
+        offsets[buffer.name] = at
+        at = padded(at + buffer.nbytes, ALIGNMENT)
+    return offsets, at

@@ -1,0 +1,305 @@
+"""The launches of one forward pass on a GPU: a program's operations as kernels with their grids and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from megalith.format.entries import BlobEntry
+from megalith.format.errors import UnsupportedError
+from megalith.format.index import Index
+from megalith.format.tiles import padded
+
+from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention
+from .compile import Build
+from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, Limits, head_pitch, page_bytes, qkv_rows
+from .launch import Argument, Dim3, Kernel, Launch
+from .linear_plan import STEP_BYTES, THREADS, linear_shape
+from .program import Kind, Operation, build_program
+
+i32, u32, f32 = np.int32, np.uint32, np.float32
+GetKernel = Callable[[Build, str], Kernel]
+
+ATTENTION_WARPS, ATTENTION_RING_SLOTS, ATTENTION_SLICE = 4, 3, 16
+SPLIT_WORKERS = (1, 2, 4, 8, 16, 32)
+MIN_SPLIT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Places:
+    """Device addresses: of the file's image and RoPE table, and of the buffers."""
+
+    image: int
+    rope: int
+    buffers: Mapping[str, int]
+
+    def __getitem__(self, name: str) -> int:
+        return self.buffers[name]
+
+
+@dataclass(frozen=True)
+class DecodePass:
+    """Addresses of what the host sends for a decode step, int32 [batch] each."""
+
+    positions: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class PrefillPass:
+    """A prefill's sizes, and addresses of what the host sends for it."""
+
+    num_tokens: int
+    num_items: int
+    num_rows: int  # rows whose logits are wanted
+    ids: int
+    positions: int
+    slots: int
+    sequences: int
+    items: int
+    rows: int
+
+
+def element_of(index: Index) -> str:
+    """BF16 or F16, the one type of all 16-bit matrices."""
+    found = {index.blob(i).dtype for i in range(len(index.blobs)) if index.blob(i).layout == "tile16x512"}
+    if len(found) != 1:
+        raise UnsupportedError(f"the cupy backend runs matrices of one 16-bit type, this file has {', '.join(sorted(found))}")
+    return found.pop()
+
+
+class GpuProgram:
+    """Builds launches; compiled kernels come from `get_kernel`."""
+
+    def __init__(self, index: Index, limits: Limits, places: Places, arch: str, get_kernel: GetKernel) -> None:
+        self._index, self._limits, self._places, self._arch, self._get = index, limits, places, arch, get_kernel
+        self.config = index.config
+        self.element = element_of(index)
+        self._program = build_program(index)
+        for op in self._program:
+            if op.kind in (Kind.ROUTE, Kind.EXPERTS):
+                raise UnsupportedError("the cupy backend of this version runs dense models only: use --backend numpy")
+        self._qkv_rows = qkv_rows(self.config)
+        self.group = self.config.num_attention_heads // self.config.num_key_value_heads
+        has_wgmma = arch == "sm_90a" and self.config.head_dim in WGMMA_HEAD_DIMS
+        self.prefill_attention = PrefillAttention(self.config.head_dim, has_wgmma)
+        self.logits_pitch = padded(self.config.vocab_size, 16)
+
+    # ---- passes ----------------------------------------------------------------------------------------------------
+
+    def decode(self, batch: int, workers: int, step: DecodePass) -> list[Launch]:
+        """One token of each of `batch` sequences, to logits; `workers` blocks share a sequence's context."""
+        tiled = self._limits.has_wgmma and batch > self._limits.rows_tokens
+        launches = [self._embed(self._program[0], batch, self._places["last_token"], step.slots)]
+        qkv = Operation(Kind.QKV)
+        for op in self._program[1:]:
+            if op.kind is Kind.NORM:
+                launches.append(self._norm(op, batch, 0, self._reader_layout(op), tiled))
+            elif op.kind is Kind.QKV:
+                qkv = op
+                launches.append(self._product(op, batch, 0, "h", "qkv", self._qkv_rows, tiled))
+            elif op.kind is Kind.ATTENTION:
+                launches.append(self._attention_decode(op, qkv, batch, workers, step, tiled))
+            else:
+                launches.append(self._dense(op, batch, tiled))
+        return launches
+
+    def prefill(self, step: PrefillPass) -> list[Launch]:
+        """Tokens of some sequences, to the logits of `num_rows` of them."""
+        tiled, count = self._limits.has_wgmma, step.num_tokens
+        launches = [self._embed(self._program[0], count, step.ids, 0)]
+        qkv = Operation(Kind.QKV)
+        for op in self._program[1:-2]:
+            if op.kind is Kind.NORM:
+                launches.append(self._norm(op, count, 0, self._reader_layout(op), tiled))
+            elif op.kind is Kind.QKV:
+                qkv = op
+                launches.append(self._product(op, count, 0, "h", "qkv", self._qkv_rows, tiled))
+                launches.append(self._qkv_post(op, step))
+            elif op.kind is Kind.ATTENTION:
+                launches.append(self._attention_prefill(op, qkv, step, tiled))
+            else:
+                launches.append(self._dense(op, count, tiled))
+        return launches + self.head(step.num_rows, step.rows)
+
+    def head(self, num_rows: int, rows: int) -> list[Launch]:
+        """Logits of chosen rows of x; `rows` int32 [num_rows] on the device."""
+        if not num_rows:
+            return []
+        norm, head = self._program[-2:]
+        tiled = self._limits.has_wgmma and num_rows > self._limits.rows_tokens
+        return [self._norm(norm, num_rows, rows, self._reader_layout(norm), tiled), self._dense(head, num_rows, tiled)]
+
+    # ---- operations ------------------------------------------------------------------------------------------------
+
+    def _dense(self, op: Operation, count: int, tiled: bool) -> Launch:
+        config = self.config
+        if op.kind is Kind.PROJECT:
+            source = "a" if self._index.blob(op.weight).columns >= config.q_rows and self._is_attention_output(op) else "inner"
+            return self._product(op, count, 1, source, "x", config.hidden_size, tiled, config.hidden_size)
+        if op.kind is Kind.GATE_UP:
+            return self._product(op, count, 2, "h", "inner", 0, tiled, config.intermediate_size)
+        assert op.kind is Kind.HEAD
+        return self._product(op, count, 0, "h", "logits", self.logits_pitch, tiled, config.vocab_size)
+
+    def _is_attention_output(self, op: Operation) -> bool:
+        return self._index.blobs.names[op.weight].endswith(".o_proj")
+
+    def _embed(self, op: Operation, count: int, ids: int, slots: int) -> Launch:
+        config = self.config
+        args = (self._blob(op.weight), i32(config.vocab_size), i32(config.hidden_size), ids, slots, self._places["x"])
+        # the first launch of a pass waits for all that came before it: later ones may then read early
+        return self._launch("embedding", "embedding", {}, (count, 1, 1), (256, 1, 1), args, early_start=False)
+
+    def _norm(self, op: Operation, count: int, rows: int, reader: str, tiled: bool) -> Launch:
+        config = self.config
+        defines = {
+            "HIDDEN_SIZE": config.hidden_size, "WEIGHT_F32": self._is_f32(op.weight), "ACTIVATION_TILED": int(tiled),
+            "LANE_COLUMNS": _lane_columns(reader),
+        }  # fmt: skip
+        h, pitch = self._activation("h", config.hidden_size, count, tiled)
+        args = (self._places["x"], rows, self._blob(op.weight), f32(config.rms_norm_eps), h, i32(pitch))
+        return self._launch("rmsnorm", "rmsnorm", defines, (count, 1, 1), (256, 1, 1), args)
+
+    def _reader_layout(self, norm: Operation) -> str:
+        """Layout of the matrix that reads what a norm writes."""
+        following = self._program[self._program.index(norm) + 1]
+        return self._index.blob(following.weight).layout
+
+    def _product(
+        self, op: Operation, count: int, epilogue: int, source: str, target: str, pitch: int, tiled: bool, columns: int = 0
+    ) -> Launch:
+        blob = self._index.blob(op.weight)
+        x_columns = {"h": self.config.hidden_size, "a": self.config.q_rows, "inner": self.config.intermediate_size}[source]
+        x, x_pitch = self._activation(source, x_columns, count, tiled)
+        y, next_layout = self._places.buffers.get(target, 0), "tile16x512"
+        if epilogue == 2:
+            next_layout = self._index.blob(self._program[self._program.index(op) + 1].weight).layout
+            y, pitch = self._activation("inner", columns, count, tiled)
+        y_columns = columns or blob.rows
+        if tiled:
+            return self._wgmma_product(op, blob, count, epilogue, (x, x_pitch), (y, pitch, y_columns), next_layout)
+        shape = linear_shape(blob.layout, count, self._limits.shared_limit)
+        defines = {
+            "EPILOGUE": epilogue, "TOKEN_TILES": shape.token_tiles, "RING_CHUNKS": shape.ring_chunks, "Y_TILED": 0,
+            "Y_LANE_COLUMNS": _lane_columns(next_layout), "CODEC_MXFP4": int(blob.layout == "mxfp4"),
+            "BIAS_F32": self._is_f32(op.bias) if op.bias >= 0 else 0,
+        }  # fmt: skip
+        step_columns = 128 if blob.layout == "mxfp4" else 32
+        args = (
+            self._blob(op.weight), u32(blob.rows // 16), i32(blob.columns // step_columns), x, i32(x_pitch), i32(count),
+            y, i32(pitch), i32(y_columns), self._blob(op.bias) if op.bias >= 0 else 0, f32(self.config.swiglu_limit or 0.0),
+            self._places["linear_partials"], self._places["linear_flags"],
+        )  # fmt: skip
+        grid = shape.grid(self._limits.num_sms, count)
+        return self._launch("linear", "linear", defines, grid, (THREADS, 1, 1), args, shape.shared_bytes)
+
+    def _wgmma_product(
+        self,
+        op: Operation,
+        blob: BlobEntry,
+        count: int,
+        epilogue: int,
+        x: tuple[int, int],
+        y: tuple[int, int, int],
+        reader: str,
+    ) -> Launch:
+        raise NotImplementedError
+
+    def _qkv_defines(self, qkv: Operation) -> dict[str, int | str]:
+        config = self.config
+        return {
+            "HEAD_DIM": config.head_dim, "QK_NORM": ("none", "head", "full").index(config.qk_norm),
+            "NORM_F32": self._is_f32(qkv.q_norm) if qkv.q_norm >= 0 else 0,
+        }  # fmt: skip
+
+    def _qkv_post(self, op: Operation, step: PrefillPass) -> Launch:
+        config = self.config
+        args = (
+            self._places["qkv"], i32(self._qkv_rows), i32(config.num_attention_heads), i32(config.num_key_value_heads),
+            self._blob(op.q_norm) if op.q_norm >= 0 else 0, self._blob(op.k_norm) if op.k_norm >= 0 else 0,
+            f32(config.rms_norm_eps), self._clip(), self._places.rope, step.positions, step.slots,
+            self._places["block_table"], i32(self._limits.pages_per_sequence), self._places["q"], self._cache(op.layer),
+        )  # fmt: skip
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        grid = (step.num_tokens, 1 if config.qk_norm == "full" else -(-heads // 8), 1)
+        return self._launch("qkv_post", "qkv_post", self._qkv_defines(op), grid, (256, 1, 1), args)
+
+    def _attention_prefill(self, op: Operation, qkv: Operation, step: PrefillPass, tiled: bool) -> Launch:
+        config, build = self.config, self.prefill_attention
+        a, pitch = self._activation("a", config.q_rows, step.num_tokens, tiled)
+        reader = self._index.blob(self._program[self._program.index(op) + 1].weight).layout
+        sinks_f32 = op.sinks >= 0 and bool(self._is_f32(op.sinks))
+        defines = build.defines(self.element, tiled, _lane_columns(reader), sinks_f32)
+        args = (
+            self._places["q"], self._cache(op.layer), self._places["block_table"], i32(self._limits.pages_per_sequence),
+            step.sequences, step.items, i32(step.num_items), i32(config.num_key_value_heads), i32(self.group), i32(op.window),
+            f32(config.head_dim**-0.5), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
+        )  # fmt: skip
+        grid = build.grid(step.num_items, config.num_key_value_heads, self._limits.num_sms)
+        return self._launch(build.name, build.name, defines, grid, (build.threads, 1, 1), args, build.shared_bytes)
+
+    def _attention_decode(
+        self, op: Operation, qkv: Operation, batch: int, workers: int, step: DecodePass, tiled: bool
+    ) -> Launch:
+        config = self.config
+        a, pitch = self._activation("a", config.q_rows, batch, tiled)
+        reader = self._index.blob(self._program[self._program.index(op) + 1].weight).layout
+        defines = {
+            **self._qkv_defines(qkv), "GROUP": self.group, "HAS_SINKS": int(op.sinks >= 0), "ACTIVATION_TILED": int(tiled),
+            "ACTIVATION_LANE_COLUMNS": _lane_columns(reader), "EARLY_READS": 1,
+            "SINKS_F32": self._is_f32(op.sinks) if op.sinks >= 0 else 0,
+        }  # fmt: skip
+        args = (
+            self._places["qkv"], i32(self._qkv_rows), self._blob(qkv.q_norm) if qkv.q_norm >= 0 else 0,
+            self._blob(qkv.k_norm) if qkv.k_norm >= 0 else 0, f32(config.rms_norm_eps), self._clip(), self._places.rope,
+            step.positions, step.slots, self._places["block_table"], i32(self._limits.pages_per_sequence),
+            self._cache(op.layer), i32(op.window), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
+            self._places["attention_sums"], self._places["attention_stats"], i32(MAX_SPLITS), self._places["attention_arrived"],
+        )  # fmt: skip
+        grid = (workers, config.num_key_value_heads * -(-self.group // 16), batch)
+        shared = ATTENTION_WARPS * ATTENTION_RING_SLOTS * 2 * head_pitch(config.head_dim) // 64 * ATTENTION_SLICE * 128
+        return self._launch("attention_decode", "attention_decode", defines, grid, (32 * ATTENTION_WARPS, 1, 1), args, shared)
+
+    # ---- places ----------------------------------------------------------------------------------------------------
+
+    def _launch(
+        self, source: str, entry: str, defines: Mapping[str, int | str], grid: Dim3, block: Dim3, args: tuple[Argument, ...],
+        shared_bytes: int = 0, early_start: bool = True,
+    ) -> Launch:  # fmt: skip
+        options = {f"ELEMENT_{self.element}": 1, **defines}
+        kernel = self._get(Build.of(source, self._arch, **options), entry)
+        return kernel.bind(grid, block, args, shared_bytes, early_start)
+
+    def _blob(self, number: int) -> int:
+        return self._places.image + self._index.blob(number).offset
+
+    def _is_f32(self, number: int) -> int:
+        return int(self._index.blob(number).dtype == "F32")
+
+    def _clip(self) -> np.float32:
+        return f32(np.inf if self.config.clip_qkv is None else self.config.clip_qkv)
+
+    def _cache(self, layer: int) -> int:
+        per_layer = page_bytes(self.config) // self.config.num_hidden_layers * self._limits.num_pages
+        return self._places["kv_cache"] + layer * per_layer
+
+    def _activation(self, name: str, columns: int, count: int, tiled: bool) -> tuple[int, int]:
+        """Address and pitch: columns of a row, or tokens of a panel."""
+        if tiled:
+            return self._places[f"{name}_tiled"], padded(count, 8)
+        return self._places[f"{name}_rows"], padded(columns, COLUMN_UNIT)
+
+
+def _lane_columns(layout: str) -> int:
+    return 32 if layout == "mxfp4" else 8
+
+
+def split_workers(longest: int) -> int:
+    """Blocks that share the context of the longest sequence of a batch: a power of two."""
+    return next(count for count in SPLIT_WORKERS if count * MIN_SPLIT_TOKENS >= longest or count == MAX_SPLITS)
+
+
+assert set(STEP_BYTES) == {"tile16x512", "mxfp4"}

@@ -1,0 +1,60 @@
+"""Builds of every kernel, with the defines that stand for all it is used with: what the compile test compiles.
+
+A kernel's author adds its lines here; a `.cu` file without any fails the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .compile import Build
+
+Defines = dict[str, int | str]
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+
+def builds(arch: str) -> list[Build]:
+    """Representative builds for one architecture.
+
+    Choose the extremes (most registers, most shared memory, each codec, each dtype), not the product of all choices:
+    all of them for all architectures compile in about two minutes on two cores.
+    """
+    return [*_linear(arch), *_vectors(arch), *_attention(arch)]
+
+
+def _linear(arch: str) -> Iterator[Build]:
+    for element, mxfp4, epilogue, tiles, chunks in (
+        ("ELEMENT_BF16", 0, 0, 1, 3),
+        ("ELEMENT_BF16", 0, 2, 4, 2),
+        ("ELEMENT_F16", 0, 1, 2, 3),
+        ("ELEMENT_BF16", 1, 2, 2, 2),
+        ("ELEMENT_BF16", 1, 2, 4, 2),
+    ):
+        shape: Defines = {"EPILOGUE": epilogue, "TOKEN_TILES": tiles, "RING_CHUNKS": chunks, "CODEC_MXFP4": mxfp4}
+        yield Build.of("linear", arch, **{element: 1}, Y_TILED=0, Y_LANE_COLUMNS=8, BIAS_F32=0, **shape)
+
+
+def _vectors(arch: str) -> Iterator[Build]:
+    yield Build.of("embedding", arch, ELEMENT_BF16=1)
+    yield Build.of("embedding", arch, ELEMENT_F16=1)
+    for hidden_size, tiled, lane_columns in ((2560, 0, 8), (8192, 1, 8), (2880, 0, 32)):
+        layout: Defines = {"ACTIVATION_TILED": tiled, "LANE_COLUMNS": lane_columns}
+        yield Build.of("rmsnorm", arch, ELEMENT_BF16=1, HIDDEN_SIZE=hidden_size, WEIGHT_F32=0, **layout)
+
+
+def _attention(arch: str) -> Iterator[Build]:
+    for head_dim, norm, group, sinks in ((64, 0, 8, 1), (80, 0, 1, 0), (128, 1, 4, 0), (128, 2, 1, 0), (256, 0, 16, 0)):
+        heads: Defines = {"ELEMENT_BF16": 1, "HEAD_DIM": head_dim, "QK_NORM": norm, "NORM_F32": 0}
+        yield Build.of("qkv_post", arch, **heads)
+        more: Defines = {"GROUP": group, "HAS_SINKS": sinks, "ACTIVATION_TILED": 0, "ACTIVATION_LANE_COLUMNS": 8}
+        yield Build.of("attention_decode", arch, **heads, **more, EARLY_READS=1, SINKS_F32=0)
+    output: Defines = {"ELEMENT_BF16": 1, "Y_TILED": 1, "Y_LANE_COLUMNS": 8, "SINKS_F32": 0}
+    for head_dim in (64, 80, 128, 256):
+        yield Build.of("attention_prefill", arch, HEAD_DIM=head_dim, **output)
+    if arch == "sm_90a":
+        half: Defines = {"ELEMENT_F16": 1, "Y_TILED": 0, "Y_LANE_COLUMNS": 32, "SINKS_F32": 1}
+        for head_dim, rows, threads, shared in ((64, 192, 512, 181472), (128, 128, 384, 197792)):
+            plan: Defines = {"HEAD_DIM": head_dim, "PLAN_ROWS": rows, "PLAN_THREADS": threads, "PLAN_SHARED_BYTES": shared}
+            for variant in (output, half):
+                yield Build.of("attention_prefill_wgmma", arch, **plan, **variant)

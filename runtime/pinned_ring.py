@@ -1,0 +1,141 @@
+"""A ring of pinned slots between a file and the device, filled by threads with `pread`, around the page cache if asked."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+
+import xxhash
+
+from megalith.format.constants import CHUNK_BYTES, SECTION_ALIGNMENT
+from megalith.format.errors import CorruptionError, printable
+from megalith.format.reader import PackedFile
+from megalith.format.tiles import padded
+
+from .arena import FileSpan
+from .copying import Copier
+
+Progress = Callable[[int], object]
+
+SLOT_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of the file for one slot, and the chunks in it: begin within the piece, bytes, number in the file."""
+
+    offset: int
+    nbytes: int
+    chunks: tuple[tuple[int, int, int], ...] = ()
+
+
+def load_ring(
+    packed: PackedFile, origin: int, target: int, copier: Copier, pieces: Sequence[Piece], threads: int, direct: int,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Bring pieces of the file to the device, offset `origin` of the file to `target`.
+
+    Each thread fills its two slots in turn: one is read while the other is copied. `direct` is a descriptor or -1.
+    """
+    if not pieces:
+        return
+    threads = min(threads, len(pieces))
+    slots = copier.allocate_pinned(threads * 2 * SLOT_BYTES)
+    pending, lock = deque(pieces), Lock()
+
+    def work(number: int) -> None:
+        copier.attach()
+        busy: list[object | None] = [None, None]
+        turn = 0
+        try:
+            while (piece := _next(pending)) is not None:
+                slot, earlier = slots + (2 * number + turn) * SLOT_BYTES, busy[turn]
+                if earlier is not None:
+                    busy[turn] = None
+                    copier.wait(earlier)
+                data = memoryview((ctypes.c_ubyte * SLOT_BYTES).from_address(slot)).cast("B")
+                _read(packed, direct, piece, data)
+                _check_chunks(packed, piece, data)
+                busy[turn] = copier.copy(target + piece.offset - origin, slot, piece.nbytes)
+                turn ^= 1
+                with lock:
+                    progress(piece.nbytes)
+        finally:
+            pending.clear()  # the others stop too when this one failed
+            for copied in busy:
+                if copied is not None:
+                    copier.wait(copied)
+
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="ring") as pool:
+            for future in [pool.submit(work, i) for i in range(threads)]:
+                future.result()
+    finally:
+        copier.free_pinned(slots)
+
+
+def _next(pending: deque[Piece]) -> Piece | None:
+    try:
+        return pending.popleft()
+    except IndexError:
+        return None
+
+
+def _read(packed: PackedFile, direct: int, piece: Piece, data: memoryview) -> None:
+    """Around the page cache where `direct` is a descriptor; what this does not bring comes the other way."""
+    done = 0
+    if direct >= 0:
+        with contextlib.suppress(OSError):
+            done = min(os.preadv(direct, [data[: padded(piece.nbytes, SECTION_ALIGNMENT)]], piece.offset), piece.nbytes)
+    packed.read_into(piece.offset + done, data[done : piece.nbytes])
+
+
+def slices(offset: int, nbytes: int) -> Iterator[Piece]:
+    """A range of the file in pieces of a slot."""
+    for begin in range(0, nbytes, SLOT_BYTES):
+        yield Piece(offset + begin, min(SLOT_BYTES, nbytes - begin))
+
+
+def chunk_pieces(packed: PackedFile, span: FileSpan) -> Iterator[Piece]:
+    """The span in pieces that end where chunks do."""
+    begin, chunks, stop = span.offset, list[tuple[int, int, int]](), span.offset
+    for extent in packed.extents:
+        if not span.offset <= extent.offset < span.offset + span.nbytes:
+            continue
+        for i in range(extent.num_chunks):
+            at = extent.offset + i * CHUNK_BYTES
+            nbytes = min(CHUNK_BYTES, extent.nbytes - i * CHUNK_BYTES)
+            if at + nbytes - begin > SLOT_BYTES:
+                yield Piece(begin, at - begin, tuple(chunks))
+                begin, chunks = at, []
+            chunks.append((at - begin, nbytes, extent.first_chunk + i))
+            stop = at + nbytes
+    yield Piece(begin, stop - begin, tuple(chunks))
+
+
+def _check_chunks(packed: PackedFile, piece: Piece, data: memoryview) -> None:
+    for begin, nbytes, number in piece.chunks:
+        if xxhash.xxh3_64_intdigest(data[begin : begin + nbytes]) != int(packed.checksums[number]):
+            name = next(e.name for e in packed.extents if e.first_chunk <= number < e.first_chunk + e.num_chunks)
+            at = f"{nbytes} bytes at offset {piece.offset + begin}"
+            raise CorruptionError(f"{printable(packed.path)}: '{name}': {at} do not match their checksum", "C2")
+
+
+@contextlib.contextmanager
+def direct_descriptor(packed: PackedFile, wanted: bool) -> Iterator[int]:
+    """The same open file again with O_DIRECT, whatever its name is now; -1 where that is not to be had."""
+    descriptor = -1
+    if wanted:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(f"/proc/self/fd/{packed.fileno()}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    try:
+        yield descriptor
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)

@@ -1,0 +1,30 @@
+"""`python tools/bench_kernels [NAME ...]`: run the kernels' benchmarks on this machine's GPU and print their rows."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from gpu_device import open_device  # noqa: E402 - found by the line above
+
+
+def shown(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """The command."""
+    gpu = open_device()
+    if gpu is None:
+        raise SystemExit("no CUDA device")
+    print(gpu.name, gpu.arch)
+    for name in sys.argv[1:] or sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py")):
+        for row in importlib.import_module(name).bench(gpu):
+            print("  ".join(f"{key}={shown(value)}" for key, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
