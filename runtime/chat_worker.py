@@ -13,6 +13,7 @@ import resource
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any, NoReturn
 
 CPU_SECONDS = 4
@@ -82,17 +83,26 @@ def in_fork(work: Callable[[], str]) -> bytes:
     return data if not status else b""
 
 
+def _rendered(compiled: list[Any], context: dict[str, Any]) -> str:
+    return str(compiled[0].render(**context))
+
+
 def serve() -> None:
     """Compile the template in the first frame, render it with the context in each of the others."""
     template = json.loads(read_frame() or b'""')
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     limit_processor(CPU_SECONDS)
     compiled: list[Any] = []
-    failed = answer_to(lambda: (compiled.append(compile_template(template)), "")[1])
+
+    def compile_once() -> str:
+        compiled.append(compile_template(template))
+        return ""
+
+    failed = answer_to(compile_once)
     limit_processor(resource.RLIM_INFINITY)
     while (frame := read_frame()) is not None:
-        context = json.loads(frame)
-        data = in_fork(lambda context=context: compiled[0].render(**context)) if compiled else json.dumps(failed).encode()
+        render = partial(_rendered, compiled, json.loads(frame))
+        data = in_fork(render) if compiled else json.dumps(failed).encode()
         write_frame(data or json.dumps({"error": "used more processor time or memory than it may"}).encode())
 
 

@@ -66,6 +66,11 @@ class Tokenizer:
             found = self._bytes[token] = self._decoded(token)
         return found
 
+    def is_special(self, text: str) -> bool:
+        """Whether a text is a special token, which decoding leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return any(token.content == text and token.special for token in added)
+
     def _decoded(self, token: int) -> bytes:
         piece = self._tokenizer.id_to_token(token)
         if piece is None:

@@ -50,6 +50,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = 1.0
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool = False
+    return_token_ids: bool | None = False
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
