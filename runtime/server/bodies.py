@@ -20,7 +20,6 @@ MAX_TOOLS = 128
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Count = Annotated[int, Meta(ge=0, le=1 << 31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Seed = Annotated[int, Meta(ge=-(2**63), le=2**64 - 1)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +39,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stream_options: StreamOptions | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[Count], Meta(max_length=1024)] | None = None
-    seed: Seed | None = None
+    seed: int | None = None  # from -2^63 to 2^64 - 1, which msgspec cannot say
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = 0

@@ -120,7 +120,7 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments or "{}")
             except (ValueError, RecursionError):
                 raise invalid(f"{place}: arguments are not JSON", place) from None
-        out.append({**call, "function": {**function, "arguments": arguments}})
+        out.append(dict(call or {}) | {"function": {**function, "arguments": arguments}})
     return out
 
 

@@ -119,6 +119,8 @@ class Service:
 
 def sampling_parameters(body: Sampling, top_logprobs: int | None, vocab_size: int) -> SamplingParameters:
     """The parameters of a body; those left out are OpenAI's, None is the default."""
+    if body.seed is not None and not -(2**63) <= body.seed < 2**64:
+        raise invalid("seed must be from -2^63 to 2^64 - 1", "seed")
     bias = []
     for name, value in (body.logit_bias or {}).items():
         if not (name.isascii() and name.isdecimal() and len(name) < 10 and int(name) < vocab_size):
