@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(sort $(wildcard megalith/*.py megalith/*/*.py format/*.py converter/*.py converter/*/*.py runtime/*.py))
+SOURCES := $(sort $(wildcard megalith/*.py megalith/*/*.py format/*.py converter/*.py converter/*/*.py runtime/*.py runtime/*/*.py))
 ANSWER_IDS := 504, 3575, 282, 4649, 314, 7042, 30, 2
 
 .PHONY: demo test check format clean FORCE

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +18,32 @@ from .weights import Weights
 
 _GPT_OSS_SLOPE = 1.702
 _QUERY_BLOCK_SCORES = 1 << 23  # float32 attention scores held at a time
+
+
+class Cache(Protocol):
+    """Keys and values of one sequence of `length` positions, wherever they lie."""
+
+    length: int
+
+    def append(self, layer: int, k: F32, v: F32) -> None:
+        """Write float32 [num_tokens, num_key_value_heads, head_dim] after `length` positions; `length` stays."""
+
+    def view(self, layer: int, stop: int) -> tuple[F32, F32]:
+        """Keys and values of the first `stop` positions: float32 [num_key_value_heads, stop, head_dim]."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of one sequence in a forward pass.
+
+    `seq_len` is the length the prompt or sequence will have at the end of this prefill (dynamic RoPE asks for it);
+    `rows` are those of its tokens whose logits are wanted.
+    """
+
+    ids: NDArray[np.int64]  # [num_tokens]
+    cache: Cache
+    seq_len: int
+    rows: slice
 
 
 class KvCache:
@@ -38,6 +68,15 @@ class KvCache:
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 
+    def append(self, layer: int, k: F32, v: F32) -> None:
+        stop = self.length + len(k)
+        self.reserve(stop)
+        self.keys[layer, :, self.length : stop] = k.swapaxes(0, 1)
+        self.values[layer, :, self.length : stop] = v.swapaxes(0, 1)
+
+    def view(self, layer: int, stop: int) -> tuple[F32, F32]:
+        return self.keys[layer, :, :stop], self.values[layer, :, :stop]
+
 
 class Rotations:
     """Rows of the RoPE table, and for the dynamic type what lies beyond it.
@@ -49,6 +88,7 @@ class Rotations:
     def __init__(self, packed: PackedFile) -> None:
         self._rope, self._head_dim = packed.index.rope, packed.index.config.head_dim
         _, self._table = packed.rope
+        self.fixed = self._rope.type != "dynamic"  # a position's rotation never depends on the sequence
 
     def rows(self, start: int, stop: int, seq_len: int) -> F32:
         """float32 [stop - start, head_dim/2, 2] for a pass that ends at position `seq_len` - 1."""
@@ -59,7 +99,7 @@ class Rotations:
 
 
 class NumpyBackend:
-    """Executes a program over one sequence at a time."""
+    """Executes a program over tokens of one sequence or several."""
 
     def __init__(self, packed: PackedFile, cache_bytes: int | None = None) -> None:
         self.config = packed.index.config
@@ -75,14 +115,17 @@ class NumpyBackend:
     def close_cache(self, cache: KvCache) -> None:
         """Nothing to do: its memory is the caller's."""
 
-    def forward(self, ids: NDArray[np.int64], cache: KvCache, seq_len: int, last_only: bool) -> F32:
-        """Logits float32 [num_tokens or 1, vocab_size] of tokens appended to the sequence in `cache`.
+    def forward(self, ids: NDArray[np.int64], cache: Cache, seq_len: int, last_only: bool) -> F32:
+        """Logits float32 [num_tokens or 1, vocab_size] of tokens appended to the sequence in `cache`."""
+        return self.forward_batch([Span(ids, cache, seq_len, slice(-1, None) if last_only else slice(None))])
 
-        `seq_len` is the length the prompt or sequence will have at the end of this prefill (dynamic RoPE asks for it).
-        """
-        cache.reserve(cache.length + len(ids))
-        start, stop = cache.length, cache.length + len(ids)
-        rotation = self.rotations.rows(start, stop, seq_len)
+    def forward_batch(self, spans: Sequence[Span]) -> F32:
+        """Logits float32 [wanted rows of all spans, vocab_size]; the tokens of each span are appended to its cache."""
+        ids = np.concatenate([span.ids for span in spans])
+        starts = [span.cache.length for span in spans]
+        rotation = np.concatenate(
+            [self.rotations.rows(start, start + len(span.ids), span.seq_len) for span, start in zip(spans, starts, strict=True)]
+        )
         x = h = a = q = np.empty(0, np.float32)
         experts = np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
         for op in self.program:
@@ -91,10 +134,9 @@ class NumpyBackend:
             elif op.kind is Kind.NORM:
                 h = rms_norm(x, self.weights.vector(op.weight), self.config.rms_norm_eps)
             elif op.kind is Kind.QKV:
-                q = self._qkv(op, h, rotation, cache)
+                q = self._qkv(op, h, rotation, spans)
             elif op.kind is Kind.ATTENTION:
-                sinks = self.weights.vector(op.sinks) if op.sinks >= 0 else None
-                a = attention(q, cache.keys[op.layer, :, :stop], cache.values[op.layer, :, :stop], op.window, sinks)
+                a = self._attention(op, q, spans)
             elif op.kind is Kind.PROJECT:
                 x += self.weights.multiply(a, op.weight, op.bias)
             elif op.kind is Kind.GATE_UP:
@@ -104,13 +146,14 @@ class NumpyBackend:
             elif op.kind is Kind.EXPERTS:
                 x += self._experts(op, h, *experts)
             else:
-                h = h[-1:] if last_only else h
-                a = self.weights.multiply(h, op.weight)
-        cache.length = stop
+                h = np.concatenate([part[span.rows] for part, span in zip(split(h, spans), spans, strict=True)])
+                a = self.weights.multiply(h, op.weight) if len(h) else np.empty((0, self.config.vocab_size), np.float32)
+        for span, start in zip(spans, starts, strict=True):
+            span.cache.length = start + len(span.ids)
         return a
 
-    def _qkv(self, op: Operation, h: F32, rotation: F32, cache: KvCache) -> F32:
-        """Queries float32 [num_tokens, num_attention_heads, head_dim]; keys and values go to the cache."""
+    def _qkv(self, op: Operation, h: F32, rotation: F32, spans: Sequence[Span]) -> F32:
+        """Queries float32 [num_tokens, num_attention_heads, head_dim]; keys and values go to the caches."""
         config, num_tokens = self.config, len(h)
         y = self.weights.multiply(h, op.weight, op.bias)
         q, k, v = np.split(y, (config.q_rows, config.q_rows + config.kv_rows), axis=1)
@@ -121,10 +164,17 @@ class NumpyBackend:
         q, k, v = (part.reshape(num_tokens, -1, config.head_dim) for part in (q, k, v))
         if config.qk_norm == "head":
             q, k = self._normalised(op, q, k)
-        start, stop = cache.length, cache.length + num_tokens
-        cache.keys[op.layer, :, start:stop] = rotate(k, rotation).swapaxes(0, 1)
-        cache.values[op.layer, :, start:stop] = v.swapaxes(0, 1)
+        for span, k_rows, v_rows in zip(spans, split(rotate(k, rotation), spans), split(v, spans), strict=True):
+            span.cache.append(op.layer, k_rows, v_rows)
         return rotate(q, rotation)
+
+    def _attention(self, op: Operation, q: F32, spans: Sequence[Span]) -> F32:
+        sinks = self.weights.vector(op.sinks) if op.sinks >= 0 else None
+        outputs = []
+        for span, rows in zip(spans, split(q, spans), strict=True):
+            keys, values = span.cache.view(op.layer, span.cache.length + len(span.ids))
+            outputs.append(attention(rows, keys, values, op.window, sinks))
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
     def _normalised(self, op: Operation, q: F32, k: F32) -> tuple[F32, F32]:
         eps = self.config.rms_norm_eps
@@ -142,6 +192,13 @@ class NumpyBackend:
             inner = swiglu(self.weights.multiply(h[token], gate_up, gate_up_bias), config.swiglu_limit)
             total[token] += shares[token, slot][:, None] * self.weights.multiply(inner, down, down_bias)
         return total
+
+
+def split(rows: F32, spans: Sequence[Span]) -> list[F32]:
+    """The rows of each span, views of float32 [num_tokens of all spans, ...]."""
+    if len(spans) == 1:
+        return [rows]
+    return np.split(rows, np.cumsum([len(span.ids) for span in spans])[:-1])
 
 
 def route(logits: F32, config: ModelConfig) -> tuple[NDArray[np.int64], F32]:

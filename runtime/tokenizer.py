@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,17 @@ from megalith.format.errors import CheckpointError, FormatError, RequestError, p
 from megalith.format.reader import PackedFile
 
 MAX_TEXT_CHARACTERS = 1 << 24
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that byte-level vocabularies write for each byte: itself where it is printable, else one from 256 on."""
+    printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable_bytes]
+    return {chr(byte): byte for byte in printable_bytes} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()
 
 
 class Tokenizer:
@@ -20,14 +32,17 @@ class Tokenizer:
 
     def __init__(self, packed: PackedFile) -> None:
         self._place = f"{printable(packed.path)}: tokenizer.json"
-        text = packed.file("tokenizer.json")
+        self.json = packed.file("tokenizer.json").decode("utf-8", "replace")
         try:
-            self._tokenizer = HfTokenizer.from_str(text.decode())
+            self._tokenizer = HfTokenizer.from_str(self.json)
         except BaseException as error:  # the library panics on some inputs, which is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             raise FormatError(f"{self._place}: {printable(error)}") from None
         self._settings = _settings(packed)
+        self._added = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self._is_byte_level = "ByteLevel" in str(json.loads(self.json).get("decoder"))
+        self._bytes: dict[int, bytes] = {}
         self.special_tokens = _special_tokens(self._settings)
         self.chat_template = _chat_template(packed, self._settings)
 
@@ -43,6 +58,30 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, b"" for an id without a token; a special token's are its name."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._decoded(token)
+        return found
+
+    def is_special(self, text: str) -> bool:
+        """Whether a text is a special token, which decoding leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return any(token.content == text and token.special for token in added)
+
+    def _decoded(self, token: int) -> bytes:
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return b""
+        if token in self._added:
+            return str(piece).encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF.get(character, 63) for character in piece)
+        if _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        return str(piece).replace("\u2581", " ").encode("utf-8", "replace")
 
     def stream(self, prompt_ids: Sequence[int]) -> TextStream:
         """Text as ids come, after a prompt."""

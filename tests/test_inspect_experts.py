@@ -135,7 +135,7 @@ def test_wrong_usage(packed: Path, packed_llama: Path, log: Path, capsys: pytest
 
 
 def test_memory_of_experts_and_windows(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    memory = inspect_json(capsys, packed, "--memory", "--context", "100")["memory"]
+    memory = inspect_json(capsys, packed, "--memory", "--context", "200")["memory"]
     with PackedFile(packed) as file:
         config, image_bytes = file.index.config, file.header.section("image").nbytes
         blobs = [file.index.blob(i) for i in range(len(file.index.blobs))]
@@ -146,15 +146,14 @@ def test_memory_of_experts_and_windows(packed: Path, capsys: pytest.CaptureFixtu
     }  # fmt: skip
     plan = {entry["name"]: entry for entry in memory["plan"]}
     assert plan["weights"]["bytes"] == image_bytes
-    assert "2 experts x intermediate 96 + router 6" in plan["activations"]["formula"]
-    assert memory["total_bytes"] == sum(entry["bytes"] for entry in plan.values())
     less = {entry["name"]: entry["bytes"] for entry in memory["alternatives"]}
     assert sorted(config.layer_windows) == [0, 16, 16]
     assert less == {
-        "kv_cache": 2 * config.kv_rows * 2 * (16 + 16 + 100),
+        # a window of 16 positions may lie across two pages of 64, 200 positions take four
+        "kv_cache": 2 * config.num_key_value_heads * 64 * 64 * 2 * (2 + 2 + 4),
         "weights": image_bytes - 18 * expert + 6 * expert,
     }
-    assert run(["inspect", str(packed), "--memory", "--context", "100"]) == 0
+    assert run(["inspect", str(packed), "--memory", "--context", "200"]) == 0
     text = capsys.readouterr().out
     assert "every expert and every position kept" in text
     assert f"{less['weights']:,}" in text

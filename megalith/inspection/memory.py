@@ -37,22 +37,26 @@ def _sequences(batch: int) -> str:
     return f"{batch} sequence{'s' if batch > 1 else ''}"
 
 
+def _pages_of_window(window: int) -> int:
+    """Most pages that a window touches, wherever it begins."""
+    return -(-(window - 1) // PAGE_TOKENS) + 1
+
+
 def alternatives(config: ModelConfig, index: ExpertIndex | None, image_bytes: int, context: int, batch: int) -> Entries:
     """Entries that could stand for those of the same names: windowed layers that keep no more than their window, and of the
     experts only as many as one decode step uses at most in every layer, the largest.
     """
     found: Entries = []
-    kept = [min(window or context, context) for window in config.layer_windows]
-    if min(kept) < context:
-        full = sum(positions == context for positions in kept)
-        pages = sum(-(-positions // PAGE_TOKENS) for positions in kept)
+    most = -(-context // PAGE_TOKENS)
+    kept = [min(_pages_of_window(window), most) if window else most for window in config.layer_windows]
+    if min(kept) < most:
         each = page_bytes(config) // config.num_hidden_layers
         found.append(
             {
                 "name": "kv_cache",
-                "bytes": each * pages * batch,
-                "formula": f"if windowed layers kept their window only: {pages} pages of one layer x {each}, {full} of "
-                f"{len(kept)} layers whole, x {_sequences(batch)}",
+                "bytes": each * sum(kept) * batch,
+                "formula": f"if windowed layers kept their window only: {sum(kept)} pages of one layer x {each}, "
+                f"{kept.count(most)} of {len(kept)} layers whole, x {_sequences(batch)}",
             }
         )
     count = config.num_experts_per_tok * batch  # of a layer's experts at most, in one decode step
@@ -119,8 +123,8 @@ def memory_text(data: dict[str, Any]) -> list[str]:
     """One line per region, the total, the experts' part of it, and what other choices would take."""
     device, pages = data["device"], data["num_pages"]
     lines = [
-        f"device memory for {data['batch']} x {data['context']} positions, prefill of {data['prefill_tokens']} tokens at a time, "
-        f"on a GPU of {device['num_sms']} multiprocessors",
+        f"device memory for {data['batch']} x {data['context']} positions, every expert and every position kept, prefill of "
+        f"{data['prefill_tokens']} tokens at a time, on a GPU of {device['num_sms']} multiprocessors",
         f"  {'region':<18} {'offset':>18} {'bytes':>18}",
     ]
     lines += [_entry_text(entry) for entry in data["plan"]]

@@ -264,3 +264,82 @@ DEVICE void wgmma_m64n64k16_transposed(float (&d)[32], u32 a0, u32 a1, u32 a2, u
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 #endif
+
+// ---- wgmma with A from registers, one width per build; clusters (matrix product) ------------------------------------------
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && defined(WGMMA_N)
+// Per width: shape, names of the N / 2 accumulators, those of A's four registers and of B's descriptor, the accumulators.
+#define WGMMA_NAMES_16 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_NAMES_80 \
+    WGMMA_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_NAMES_96 \
+    WGMMA_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_NAMES_112 \
+    WGMMA_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define WGMMA_NAMES_128 \
+    WGMMA_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_32(d, i) WGMMA_16(d, i), WGMMA_16(d, i + 16)
+#define WGMMA_64(d, i) WGMMA_32(d, i), WGMMA_32(d, i + 32)
+#if WGMMA_N == 16
+#define WGMMA_OPERANDS "n16", "%0, %1, %2, %3, %4, %5, %6, %7", "{%8, %9, %10, %11}, %12", WGMMA_4(d, 0), WGMMA_4(d, 4)
+#elif WGMMA_N == 32
+#define WGMMA_OPERANDS "n32", WGMMA_NAMES_16, "{%16, %17, %18, %19}, %20", WGMMA_16(d, 0)
+#elif WGMMA_N == 64
+#define WGMMA_OPERANDS "n64", WGMMA_NAMES_32, "{%32, %33, %34, %35}, %36", WGMMA_32(d, 0)
+#elif WGMMA_N == 96
+#define WGMMA_OPERANDS "n96", WGMMA_NAMES_48, "{%48, %49, %50, %51}, %52", WGMMA_32(d, 0), WGMMA_16(d, 32)
+#elif WGMMA_N == 128
+#define WGMMA_OPERANDS "n128", WGMMA_NAMES_64, "{%64, %65, %66, %67}, %68", WGMMA_64(d, 0)
+#elif WGMMA_N == 160
+#define WGMMA_OPERANDS "n160", WGMMA_NAMES_80, "{%80, %81, %82, %83}, %84", WGMMA_64(d, 0), WGMMA_16(d, 64)
+#elif WGMMA_N == 192
+#define WGMMA_OPERANDS "n192", WGMMA_NAMES_96, "{%96, %97, %98, %99}, %100", WGMMA_64(d, 0), WGMMA_32(d, 64)
+#elif WGMMA_N == 224
+#define WGMMA_OPERANDS "n224", WGMMA_NAMES_112, "{%112, %113, %114, %115}, %116", WGMMA_64(d, 0), WGMMA_32(d, 64), WGMMA_16(d, 96)
+#elif WGMMA_N == 256
+#define WGMMA_OPERANDS "n256", WGMMA_NAMES_128, "{%128, %129, %130, %131}, %132", WGMMA_64(d, 0), WGMMA_64(d, 64)
+#else
+#error "WGMMA_N is none of 16, 32, 64, 96, 128, 160, 192, 224, 256"
+#endif
+#define WGMMA_STATEMENT(shape, names, inputs, ...) \
+    asm volatile("wgmma.mma_async.sync.aligned.m64" shape "k16" WGMMA_TYPES "{" names "}, " inputs ", 1, 1, 1, 0;" \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define WGMMA_EXPAND(...) WGMMA_STATEMENT(__VA_ARGS__)
+
+// d[64][N] += a[64][16] b[N][16]^T: a in registers (per warp as in mma_m16n8k16), b K-major in shared memory.
+DEVICE void wgmma(float (&d)[WGMMA_N / 2], const u32 (&a)[4], u64 b) { WGMMA_EXPAND(WGMMA_OPERANDS); }
+#endif
+
+#if __CUDA_ARCH__ >= 900
+DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Barrier of all threads of all blocks of the cluster.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Arrives on the barrier at the same place in block `rank` of the cluster.
+DEVICE void mbarrier_arrive_cluster(u32 barrier, u32 rank) {
+    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" :: "r"(barrier), "r"(rank) : "memory");
+}
+
+// As mbarrier_wait, for a barrier on which other blocks of the cluster arrive.
+DEVICE void mbarrier_wait_cluster(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}"
+        :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// copy_bulk to the same place in every block of the cluster whose bit is set in `blocks`, completing on the barrier of each.
+DEVICE void copy_bulk_multicast(u32 shared, const void* global, u32 bytes, u32 barrier, u16 blocks) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+                 :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(blocks) : "memory");
+}
+#endif
