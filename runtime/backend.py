@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 
 from megalith.format.model import ModelConfig
 from megalith.format.rope import F32
+
+from .sampler import SamplingParameters
 
 
 class Backend(Protocol):
@@ -27,3 +30,6 @@ class Backend(Protocol):
 
         `seq_len` is the length the prompt or sequence will have at the end of this prefill (dynamic RoPE asks for it).
         """
+
+    def generate(self, tokens: NDArray[np.int64], parameters: SamplingParameters, count: int) -> Generator[int, None, None]:
+        """At most `count` tokens after `tokens`, as they come; the caller stops where it wants."""

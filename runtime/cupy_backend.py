@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalith.format.errors import DeviceError, RequestError, UnsupportedError
+from megalith.format.errors import RequestError, UnsupportedError
 from megalith.format.reader import PackedFile
 from megalith.format.rope import F32, table_offset
 
+from .arena import ArenaPlan, FileSpan, plan_arena
 from .compile import Build, compiled
-from .gpu_buffers import PAGE_TOKENS, Limits, device_buffers, page_bytes, place
+from .copying import CudaCopier
+from .executor import SequenceStep, Ticket
+from .gpu_buffers import PAGE_TOKENS, Limits
 from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, split_workers
-from .gpu_staging import PinnedRows, Staging
+from .gpu_staging import PinnedCopies, Staging
 from .launch import Kernel, Launch, Module
+from .loading import LoadOptions, load, terminal_progress
+from .sampler import SamplingParameters
+
+if TYPE_CHECKING:
+    from .cupy_executor import CupyExecutor
 
 DEFAULT_PREFILL_TOKENS = 2048
 _KEPT_BYTES = 1 << 30  # of free device memory, for the driver and for others
@@ -31,6 +39,14 @@ class GpuSequence:
     slot: int
     pages: list[int] = field(default_factory=list)
     length: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of logits: int32 positions of the tokens that they follow, and slots."""
+
+    positions: NDArray[np.int32]
+    slots: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -91,67 +107,72 @@ class CupyBackend:
         max_prefill_tokens: int = DEFAULT_PREFILL_TOKENS,
         num_pages: int | None = None,
         use_graphs: bool = True,
+        verify: bool = False,
     ) -> None:
-        self._cupy = import_cupy()
-        self.facts = device_facts(self._cupy)
+        self.cupy = import_cupy()
+        self.facts = device_facts(self.cupy)
         self.config = packed.index.config
         self.max_seq_len = min(max_seq_len or self.config.max_seq_len, packed.index.rope_positions)
         self._use_graphs = use_graphs
         self._modules: dict[Build, Module] = {}
         self._kernels: dict[tuple[Build, str], Kernel] = {}
-        self._graphs: dict[tuple[int, int], Any] = {}
-        self.stream = self._cupy.cuda.Stream(non_blocking=True)
-        self.limits = self._plan(packed, max_sequences, max_prefill_tokens, num_pages)
-        self._load(packed)
+        self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)
+        wanted = Limits(
+            max_sequences, self.max_seq_len, min(max_prefill_tokens, self.max_seq_len), 0, self.facts.num_sms,
+            self.facts.shared_limit, self.facts.has_wgmma,
+        )  # fmt: skip
+        self.plan = self._plan(packed, wanted, num_pages)
+        self.limits = self.plan.limits
+        self._load(packed, verify)
         self.program = GpuProgram(packed.index, self.limits, self._places, self.facts.arch, self._kernel)
-        self._make_host_memory()
+        self._staging = Staging(self.cupy, self.address("staging"), self._nbytes("staging"))
+        self._copies = PinnedCopies(self.cupy, max(4 * self.limits.pages_per_sequence, 256))
+        self._logits = self.pinned(np.dtype(np.float32), self._nbytes("logits") // 4)
+        self._executor: CupyExecutor | None = None
         self._free_slots = list(range(max_sequences))[::-1]
         self._free_pages = list(range(self.limits.num_pages))[::-1]
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
-    def _plan(self, packed: PackedFile, max_sequences: int, max_prefill_tokens: int, num_pages: int | None) -> Limits:
-        facts, config = self.facts, self.config
-        pages = -(-self.max_seq_len // PAGE_TOKENS) * max_sequences
+    def _plan(self, packed: PackedFile, wanted: Limits, num_pages: int | None) -> ArenaPlan:
+        """With pages for every sequence's whole context, or for as much as fits the device."""
+        span = FileSpan.of(packed.header)
+        free, _ = self.cupy.cuda.runtime.memGetInfo()
+        whole = plan_arena(self.config, span, wanted, None, num_pages)
+        if whole.nbytes + _KEPT_BYTES <= free:
+            return whole
+        return plan_arena(self.config, span, wanted, free - _KEPT_BYTES, num_pages)
 
-        def limits(count: int) -> Limits:
-            return Limits(
-                max_sequences, self.max_seq_len, min(max_prefill_tokens, self.max_seq_len), count, facts.num_sms,
-                facts.shared_limit, facts.has_wgmma, False,
-            )  # fmt: skip
-
-        sections = packed.header
-        file_bytes = sections.section("rope").end - sections.section("image").offset
-        fixed = place(device_buffers(config, limits(0)), file_bytes)[1]
-        free, _ = self._cupy.cuda.runtime.memGetInfo()
-        fitting = (free - _KEPT_BYTES - fixed) // page_bytes(config)
-        if fitting < 1:
-            raise DeviceError(
-                f"{facts.name}: {free} bytes free, weights and buffers need {fixed} and one page of KV cache more"
-            )
-        return limits(min(num_pages or pages, fitting))
-
-    def _load(self, packed: PackedFile) -> None:
-        image, rope = packed.header.section("image"), packed.header.section("rope")
-        file_bytes = rope.end - image.offset
-        offsets, total = place(device_buffers(self.config, self.limits), file_bytes)
-        self._arena = self._cupy.cuda.alloc(total)
+    def _load(self, packed: PackedFile, verify: bool) -> None:
+        span = FileSpan.of(packed.header)
+        self._arena = self.cupy.cuda.alloc(self.plan.nbytes)
         base = self._arena.ptr
-        runtime = self._cupy.cuda.runtime
-        runtime.memsetAsync(base + file_bytes, 0, total - file_bytes, self.stream.ptr)
-        with mmap.mmap(packed.fileno(), image.offset + file_bytes, prot=mmap.PROT_READ) as mapped:
-            view = np.frombuffer(mapped, np.uint8)
-            runtime.memcpy(base, view.ctypes.data + image.offset, file_bytes, runtime.memcpyHostToDevice)
-            del view
-        table = base + rope.offset - image.offset + table_offset(self.config.head_dim)
-        self._places = Places(base, table, {name: base + offset for name, offset in offsets.items()})
+        self.cupy.cuda.runtime.memsetAsync(base + span.nbytes, 0, self.plan.nbytes - span.nbytes, self.stream.ptr)
+        with terminal_progress(span.nbytes) as progress:
+            self.load_report = load(packed, base, CudaCopier(self.stream.ptr), LoadOptions(verify=verify), progress)
+        table = base + span.rope_offset + table_offset(self.config.head_dim)
+        self._places = Places(base, table, self.plan.addresses(base))
+        eos = np.array(self.config.eos_token_ids or [0], np.int32)
+        copy = self.cupy.cuda.runtime.memcpy
+        copy(self.address("eos_tokens"), eos.ctypes.data, eos.nbytes, self.cupy.cuda.runtime.memcpyHostToDevice)
         self.stream.synchronize()
 
-    def _make_host_memory(self) -> None:
-        buffers = {buffer.name: buffer.nbytes for buffer in device_buffers(self.config, self.limits)}
-        self._staging = Staging(self._cupy, self._places["staging"], buffers["staging"])
-        self._table_rows = PinnedRows(self._cupy, self.limits.pages_per_sequence)
-        self._logits = self._cupy.cuda.alloc_pinned_memory(buffers["logits"])
+    def address(self, name: str) -> int:
+        """Of a region of the arena."""
+        return self._places[name]
+
+    def _nbytes(self, name: str) -> int:
+        return next(region.nbytes for region in self.plan.regions if region.name == name)
+
+    def pinned(self, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+        """Pinned host memory."""
+        return np.frombuffer(self.cupy.cuda.alloc_pinned_memory(dtype.itemsize * count), dtype, count)
+
+    def fetch(self, target: NDArray[Any], source: int, nbytes: int) -> None:
+        """Enqueue a copy from the device to pinned memory."""
+        runtime = self.cupy.cuda.runtime
+        runtime.memcpyAsync(target.ctypes.data, source, nbytes, runtime.memcpyDeviceToHost, self.stream.ptr)
 
     def _kernel(self, build: Build, entry: str) -> Kernel:
         if (build, entry) not in self._kernels:
@@ -159,6 +180,96 @@ class CupyBackend:
                 self._modules[build] = Module(build, compiled(build))
             self._kernels[build, entry] = self._modules[build].kernel(entry)
         return self._kernels[build, entry]
+
+    # ---- passes over many sequences -----------------------------------------------------------------------------------
+
+    def send_table(self, slot: int, pages: Sequence[int]) -> None:
+        """The pages of a slot's sequence, first to last."""
+        row = self.address("block_table") + 4 * slot * self.limits.pages_per_sequence
+        self._copies.send(np.array(pages, np.int32), row, self.stream)
+
+    def set_last_token(self, slot: int, token: int) -> None:
+        """What a slot's next decode step starts from, where it was not sampled here."""
+        self._copies.send(np.array([token], np.int32), self.address("last_token") + 4 * slot, self.stream)
+
+    def count_tokens(self, slot: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """What came before, for penalties."""
+        row = 2 * self.program.logits_pitch
+        place = self.address("token_counts") + slot * row
+        self.cupy.cuda.runtime.memsetAsync(place, 0, row, self.stream.ptr)
+        for ids, generated in ((prompt_ids, False), (output_ids, True)):
+            for start in range(0, len(ids), self.limits.max_tokens):
+                some = np.asarray(ids[start : start + self.limits.max_tokens], np.int32)
+                [address] = self._staging.send([some], self.stream)
+                self._enqueue([self.program.count_tokens(slot, address, len(some), generated)])
+
+    def decode_step(self, positions: NDArray[np.int32], slots: NDArray[np.int32], sampled: bool = False) -> None:
+        """Logits of the next token of every sequence from its slot's last token, and the token if `sampled`.
+
+        `positions` int32 [batch], where the last token goes; `slots` int32 [batch].
+        """
+        batch = min(1 << (len(positions) - 1).bit_length(), self.limits.max_sequences)
+        padding = np.full(batch - len(positions), -1, np.int32)
+        workers = split_workers(int(positions.max()) + 1)
+        at = self._staging.send([np.concatenate([positions, padding]), np.concatenate([slots, padding])], self.stream)
+        key = (batch, workers, sampled)
+        if not self._use_graphs:
+            self._enqueue(self._decode_launches(*key, DecodePass(*at)))
+            return
+        if key not in self._graphs:
+            launches = self._decode_launches(*key, DecodePass(*at))
+            self.stream.begin_capture()
+            try:
+                self._enqueue(launches)
+            finally:
+                self._graphs[key] = self.stream.end_capture()
+        self._graphs[key].launch(self.stream)
+
+    def _decode_launches(self, batch: int, workers: int, sampled: bool, step: DecodePass) -> list[Launch]:
+        launches = self.program.decode(batch, workers, step)
+        return [*launches, self.program.sample(batch, step.positions, step.slots)] if sampled else launches
+
+    def prefill(self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int]) -> None:
+        """Logits of at most `max_sequences` chosen rows. `sequences`: (slot, first row, tokens, positions before) of each."""
+        table = np.array(sequences, np.int32)
+        items = self.program.prefill_attention.items(table, self.program.group, 0)
+        positions = np.concatenate([np.arange(before, before + count) for _, _, count, before in sequences])
+        slots = np.repeat(table[:, 0], table[:, 2])
+        at = self._staging.send(
+            [ids.astype(np.int32), positions.astype(np.int32), slots, table, items, np.array(rows, np.int32)], self.stream
+        )
+        self._enqueue(self.program.prefill(PrefillPass(len(ids), len(items), len(rows), *at)))
+
+    def sample(self, rows: Rows, masks: Sequence[NDArray[np.int32] | None]) -> None:
+        """A token for each row of logits, within its mask where it has one."""
+        fields: list[NDArray[Any]] = [rows.positions, rows.slots]
+        if any(mask is not None for mask in masks):
+            everything = np.full(-(-self.config.vocab_size // 32), -1, np.int32)
+            fields.append(np.stack([everything if mask is None else mask for mask in masks]))
+        positions, slots, *mask_at = self._staging.send(fields, self.stream)
+        for address in mask_at:
+            self._enqueue([self.program.mask(len(masks), address)])
+        self._enqueue([self.program.sample(len(masks), positions, slots)])
+
+    def logits_of(self, rows: Sequence[int]) -> F32:
+        """Logits float32 [len(rows), vocab_size] of rows of the prefill that came last."""
+        found = []
+        for start in range(0, len(rows), self.limits.max_sequences):
+            some = np.array(rows[start : start + self.limits.max_sequences], np.int32)
+            [address] = self._staging.send([some], self.stream)
+            self._enqueue(self.program.head(len(some), address))
+            found.append(self._read_logits(len(some)))
+        return np.concatenate(found) if found else np.empty((0, self.config.vocab_size), np.float32)
+
+    def _enqueue(self, launches: Sequence[Launch]) -> None:
+        for launch in launches:
+            launch(self.stream.ptr)
+
+    def _read_logits(self, count: int) -> F32:
+        pitch = self.program.logits_pitch
+        self.fetch(self._logits, self.address("logits"), 4 * count * pitch)
+        self.stream.synchronize()
+        return self._logits[: count * pitch].reshape(count, pitch)[:, : self.config.vocab_size].copy()
 
     # ---- one sequence at a time, as the NumPy backend -----------------------------------------------------------------
 
@@ -182,73 +293,58 @@ class CupyBackend:
         if missing > len(self._free_pages):
             raise RequestError(f"the KV cache has {self.limits.num_pages} pages of {PAGE_TOKENS} positions, all are taken")
         sequence.pages += [self._free_pages.pop() for _ in range(missing)]
-        row = self._places["block_table"] + 4 * sequence.slot * self.limits.pages_per_sequence
-        self._table_rows.send(sequence.pages, row, self.stream)
+        self.send_table(sequence.slot, sequence.pages)
 
     def forward(self, ids: NDArray[np.int64], cache: GpuSequence, seq_len: int, last_only: bool) -> F32:
         """Logits float32 [num_tokens or 1, vocab_size] of tokens appended to the sequence in `cache`."""
         pieces = []
         for start in range(0, len(ids), self.limits.max_prefill_tokens):
             chunk = ids[start : start + self.limits.max_prefill_tokens]
-            is_last = start + len(chunk) == len(ids)
-            self.reserve(cache, cache.length + len(chunk))
-            if len(chunk) == 1 and cache.length:
-                pieces.append(self._decode_one(int(chunk[0]), cache))
+            count, before = len(chunk), cache.length
+            self.reserve(cache, before + count)
+            if count == 1 and before:
+                self.set_last_token(cache.slot, int(chunk[0]))
+                self.decode_step(np.array([before], np.int32), np.array([cache.slot], np.int32))
+                pieces.append(self._read_logits(1))
             else:
-                pieces += self._prefill_one(chunk, cache, [len(chunk) - 1] * is_last if last_only else range(len(chunk)))
-            cache.length += len(chunk)
+                self.prefill(chunk, [(cache.slot, 0, count, before)], [])
+                wanted = range(count) if not last_only else [count - 1] * (start + count == len(ids))
+                pieces.append(self.logits_of(wanted))
+            cache.length += count
         return np.concatenate(pieces)
 
-    def _decode_one(self, token: int, cache: GpuSequence) -> F32:
-        self._table_rows.send([token], self._places["last_token"] + 4 * cache.slot, self.stream)
-        self.decode_step(np.array([cache.length], np.int32), np.array([cache.slot], np.int32))
-        return self._read_logits(1)
+    def generate(self, tokens: NDArray[np.int64], parameters: SamplingParameters, count: int) -> Generator[int, None, None]:
+        """At most `count` tokens after `tokens`, as they come; the device is one step ahead of what was yielded."""
+        from .cupy_executor import CupyExecutor
 
-    def decode_step(self, positions: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
-        """Logits of the next token of every sequence from its slot's last token; arrays are int32 [batch]."""
-        batch, workers = len(positions), split_workers(int(positions.max()) + 1)
-        at = self._staging.send([positions, slots], self.stream)
-        key = (batch, workers)
-        if not self._use_graphs:
-            self._enqueue(self.program.decode(batch, workers, DecodePass(*at)))
-            return
-        if key not in self._graphs:
-            launches = self.program.decode(batch, workers, DecodePass(*at))
-            self.stream.synchronize()
-            with self.stream:
-                self.stream.begin_capture()
-                self._enqueue(launches)
-                self._graphs[key] = self.stream.end_capture()
-        self._graphs[key].launch(self.stream)
+        executor = self._executor = self._executor or CupyExecutor(self)
+        sequence, tickets = self.new_cache(), deque[Ticket]()
 
-    def _prefill_one(self, ids: NDArray[np.int64], cache: GpuSequence, rows: Sequence[int]) -> list[F32]:
-        count = len(ids)
-        sequences = np.array([[cache.slot, 0, count, cache.length]], np.int32)
-        items = self.program.prefill_attention.items(sequences, self.program.group, 0)
-        positions = np.arange(cache.length, cache.length + count, dtype=np.int32)
-        batch = self.limits.max_sequences
-        first = np.array(rows[:batch], np.int32)
-        fields = [ids.astype(np.int32), positions, np.full(count, cache.slot, np.int32), sequences, items, first]
-        at = self._staging.send(fields, self.stream)
-        self._enqueue(self.program.prefill(PrefillPass(count, len(items), len(first), *at)))
-        found = [self._read_logits(len(first))] if len(first) else []
-        for start in range(batch, len(rows), batch):
-            some = np.array(rows[start : start + batch], np.int32)
-            [address] = self._staging.send([some], self.stream)
-            self._enqueue(self.program.head(len(some), address))
-            found.append(self._read_logits(len(some)))
-        return found
+        def submit(ids: NDArray[np.int64] | None, is_last: bool) -> None:
+            start = sequence.length
+            sequence.length += 1 if ids is None else len(ids)
+            self.reserve(sequence, sequence.length)
+            pages = tuple(sequence.pages)
+            ticket = executor.submit([SequenceStep(sequence.slot, ids, start, pages, is_last, sequence.length)])
+            tickets.append(ticket)
 
-    def _enqueue(self, launches: Sequence[Launch]) -> None:
-        for launch in launches:
-            launch(self.stream.ptr)
-
-    def _read_logits(self, count: int) -> F32:
-        pitch = self.program.logits_pitch
-        runtime = self._cupy.cuda.runtime
-        runtime.memcpyAsync(
-            self._logits.ptr, self._places["logits"], 4 * count * pitch, runtime.memcpyDeviceToHost, self.stream.ptr
-        )
-        self.stream.synchronize()
-        found = np.frombuffer(self._logits, np.float32, count * pitch).reshape(count, pitch)
-        return found[:, : self.config.vocab_size].copy()
+        try:
+            executor.start(sequence.slot, parameters, tokens.tolist())
+            for start in range(0, len(tokens), self.limits.max_prefill_tokens):
+                stop = min(start + self.limits.max_prefill_tokens, len(tokens))
+                submit(tokens[start:stop], stop == len(tokens))
+            found = produced = 0
+            while found < count:
+                while len(tickets) <= executor.steps_ahead and produced + 1 < count:
+                    submit(None, True)
+                    produced += 1
+                for sampled in executor.collect(tickets.popleft()):
+                    if not sampled.finite:
+                        position = len(tokens) + found
+                        raise RequestError(f"logits of position {position} are not finite: the weights or the input overflow")
+                    yield sampled.token
+                    found += 1
+        finally:
+            while tickets:
+                executor.collect(tickets.popleft())
+            self.close_cache(sequence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,10 +18,8 @@ from megalith.format.rope import F32
 
 from .backend import Backend
 from .numpy_backend import NumpyBackend
-from .sampler import SamplingParameters, sample
+from .sampler import SamplingParameters
 from .tokenizer import Tokenizer
-
-PREFILL_CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Engine:
         """float32 [len(ids), vocab_size]: for each position, the scores of the token after it."""
         tokens = self._check_ids(ids)
         with self._sequence() as cache:
-            return np.concatenate([self.backend.forward(chunk, cache, len(tokens), False) for chunk in _chunks(tokens)])
+            return self.backend.forward(tokens, cache, len(tokens), False)
 
     def generate(
         self,
@@ -106,16 +104,11 @@ class Engine:
     ) -> Iterator[Token]:
         stream = self._tokenizer.stream(tokens.tolist()) if self._tokenizer else None
         count = min(max_tokens, self.max_seq_len - len(tokens))
-        pending = tokens
-        with self._sequence() as cache:
-            for position in range(len(tokens), len(tokens) + count):
-                for chunk in _chunks(pending):
-                    logits = self.backend.forward(chunk, cache, position, True)
-                chosen = sample(logits[-1], parameters, position)
+        with closing(self.backend.generate(tokens, parameters, count)) as chosen_tokens:
+            for chosen in chosen_tokens:
                 yield Token(chosen, stream.step(chosen) if stream else "")
                 if chosen in self.config.eos_token_ids and not ignore_eos:
                     return
-                pending = np.array([chosen])
 
     @contextmanager
     def _sequence(self) -> Iterator[Any]:
@@ -146,8 +139,3 @@ def _make_backend(name: str, packed: PackedFile, max_seq_len: int, cache_bytes: 
     if name == "cupy" or (name == "auto" and has_device()):
         return CupyBackend(packed, max_seq_len=max_seq_len)
     return NumpyBackend(packed, cache_bytes)
-
-
-def _chunks(tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(tokens), PREFILL_CHUNK_TOKENS):
-        yield tokens[start : start + PREFILL_CHUNK_TOKENS]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from megalith.format.errors import EXIT_USAGE, MegalithError, RequestError, UnsupportedError, printable
+from megalith.format.errors import EXIT_USAGE, MegalithError, RequestError, printable
 from megalith.format.reader import PackedFile
 
 from .echo_executor import EchoExecutor
@@ -53,7 +53,19 @@ def build_executor(settings: EngineSettings) -> Executor:
             step_seconds=settings.step_seconds,
         )
     if settings.backend == "cupy":
-        raise UnsupportedError("this version has no cupy backend: use numpy")
+        from .cupy_backend import CupyBackend
+        from .cupy_executor import CupyExecutor
+
+        with PackedFile(settings.path) as packed:
+            return CupyExecutor(
+                CupyBackend(
+                    packed,
+                    max_seq_len=settings.max_seq_len,
+                    max_sequences=settings.max_sequences,
+                    max_prefill_tokens=settings.max_batch_tokens,
+                    num_pages=settings.num_pages,
+                )
+            )
     from .numpy_backend import NumpyBackend
     from .numpy_executor import NumpyExecutor
 

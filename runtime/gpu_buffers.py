@@ -8,16 +8,13 @@ from megalith.format.model import ModelConfig, layer_specs
 from megalith.format.tiles import padded
 
 from .linear_plan import linear_shape
+from .sampling_state import row_pitch, state_bytes
 
 PAGE_TOKENS = 64
 MAX_SPLITS = 32
 ROWS_TOKENS = 16  # tokens of a product by mma.sync where wgmma takes more
 COLUMN_UNIT = 128  # activations are padded to whole steps of every weight codec
 TILE_SLACK_TOKENS = 256  # a tile of tokens may reach beyond the last panel
-SAMPLING_ROW_BYTES = 128 + 12 * 1024 + 16 * 2048
-SAMPLING_SLOT_BYTES = 64
-BIAS_ENTRIES = 300
-RESULT_BYTES = 176
 RING_STEPS = 4
 ALIGNMENT = 4096
 
@@ -33,7 +30,6 @@ class Limits:
     num_sms: int
     shared_limit: int
     has_wgmma: bool
-    counts_tokens: bool  # penalties, for which each slot keeps a count per token of the vocabulary
 
     @property
     def pages_per_sequence(self) -> int:
@@ -82,7 +78,8 @@ def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
     blocks = batch * config.num_key_value_heads * row_blocks
     columns = padded(config.head_dim, 16)
     linear = linear_shape("tile16x512", rows_tokens, limits.shared_limit)
-    vocab_pitch = padded(config.vocab_size, 16)
+    vocab_pitch = row_pitch(config.vocab_size)
+    sampling = state_bytes(batch, batch, config.vocab_size, RING_STEPS, with_penalties=True)
     sizes: list[tuple[str, int, str]] = [
         ("kv_cache", page_bytes(config) * limits.num_pages, f"{limits.num_pages} pages x {page_bytes(config)}"),
         ("x", 4 * tokens * config.hidden_size, f"{tokens} tokens x {config.hidden_size} x 4"),
@@ -98,20 +95,15 @@ def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
     sizes += [
         ("q", 2 * tokens * query_pitch, f"{tokens} tokens x {query_pitch} x 2"),
         ("logits", 4 * batch * vocab_pitch, f"{batch} sequences x {vocab_pitch} x 4"),
-        ("adjusted_logits", 4 * batch * vocab_pitch, f"{batch} sequences x {vocab_pitch} x 4"),
         ("linear_partials", linear.partials_bytes(limits.num_sms, rows_tokens), "two blocks may share a row block"),
         ("linear_flags", 4 * limits.num_sms * -(-rows_tokens // linear.tokens), "4 a block"),
         ("attention_sums", 4 * blocks * MAX_SPLITS * rows * columns, f"{blocks} heads x {MAX_SPLITS} x {rows} x {columns} x 4"),
         ("attention_stats", 8 * blocks * MAX_SPLITS * rows, f"{blocks} heads x {MAX_SPLITS} x {rows} x 8"),
         ("attention_arrived", 4 * blocks, f"{blocks} heads x 4"),
-        ("sampling_work", SAMPLING_ROW_BYTES * batch, f"{batch} sequences x {SAMPLING_ROW_BYTES}"),
-        ("sampling_slots", SAMPLING_SLOT_BYTES * batch, f"{batch} sequences x {SAMPLING_SLOT_BYTES}"),
-        ("sampling_biases", 8 * BIAS_ENTRIES * batch, f"{batch} sequences x {BIAS_ENTRIES} x 8"),
-        ("token_counts", 2 * vocab_pitch * batch * limits.counts_tokens, f"{batch} sequences x {vocab_pitch} x 2, or none"),
+        *((name, nbytes, "sampling_state.py") for name, nbytes in sampling.items()),
         ("last_token", 4 * batch, f"{batch} sequences x 4"),
         ("finished", 4 * batch, f"{batch} sequences x 4"),
         ("eos_tokens", 4 * max(1, len(config.eos_token_ids)), "4 an id"),
-        ("results", RESULT_BYTES * batch * RING_STEPS, f"{RING_STEPS} steps x {batch} x {RESULT_BYTES}"),
         ("step", 8, "two counters"),
         ("block_table", 4 * batch * limits.pages_per_sequence, f"{batch} sequences x {limits.pages_per_sequence} x 4"),
         ("staging", staging_bytes(config, limits), "ids, positions, slots and work items of a pass"),
@@ -127,7 +119,8 @@ def max_items(config: ModelConfig, limits: Limits) -> int:
 
 def staging_bytes(config: ModelConfig, limits: Limits) -> int:
     """Bytes that the host sends for one pass at most: see `gpu_staging.Fields`."""
-    per_token, per_sequence, per_item = 3 * 4, 4 * 4 + 16, 8
+    per_token, per_item = 3 * 4, 8
+    per_sequence = 6 * 4 + 16 + 4 * -(-config.vocab_size // 32)  # a grammar's mask is a bit per token of the vocabulary
     fields = per_token * limits.max_tokens + per_sequence * limits.max_sequences + per_item * max_items(config, limits)
     return padded(fields + 16 * 16, ALIGNMENT)
 

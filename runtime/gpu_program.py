@@ -14,10 +14,12 @@ from megalith.format.tiles import padded
 
 from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention
 from .compile import Build
-from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, Limits, head_pitch, page_bytes, qkv_rows
+from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, RING_STEPS, Limits, head_pitch, page_bytes, qkv_rows
 from .launch import Argument, Dim3, Kernel, Launch
 from .linear_plan import STEP_BYTES, THREADS, linear_shape
 from .program import Kind, Operation, build_program
+from .sampling_state import ARGUMENTS, row_pitch, sampling_grid
+from .sampling_state import THREADS as SAMPLING_THREADS
 
 i32, u32, f32 = np.int32, np.uint32, np.float32
 GetKernel = Callable[[Build, str], Kernel]
@@ -85,7 +87,7 @@ class GpuProgram:
         self.group = self.config.num_attention_heads // self.config.num_key_value_heads
         has_wgmma = arch == "sm_90a" and self.config.head_dim in WGMMA_HEAD_DIMS
         self.prefill_attention = PrefillAttention(self.config.head_dim, has_wgmma)
-        self.logits_pitch = padded(self.config.vocab_size, 16)
+        self.logits_pitch = row_pitch(self.config.vocab_size)
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
@@ -131,6 +133,34 @@ class GpuProgram:
         norm, head = self._program[-2:]
         tiled = self._limits.has_wgmma and num_rows > self._limits.rows_tokens
         return [self._norm(norm, num_rows, rows, self._reader_layout(norm), tiled), self._dense(head, num_rows, tiled)]
+
+    def sample(self, num_rows: int, positions: int, slots: int) -> Launch:
+        """A token for each row of logits, into the ring; addresses of int32 [num_rows] as for a decode step."""
+        places, config = self._places, self.config
+        addresses = (
+            places["logits"], places["adjusted_logits"], places["sampling_work"], slots, positions, places["sampling_slots"],
+            places["sampling_biases"], places["token_counts"], places["last_token"], places["finished"], places["eos_tokens"],
+            places["sampling_ring"], places["step"],
+        )  # fmt: skip
+        numbers = (
+            config.vocab_size, self.logits_pitch, self.logits_pitch, len(config.eos_token_ids), RING_STEPS,
+            self._limits.max_sequences,
+        )  # fmt: skip
+        arguments: np.void = np.array([(*addresses, *numbers)], ARGUMENTS)[0]
+        grid = sampling_grid(self._limits.num_sms, num_rows, config.vocab_size)
+        return self._launch("sampling", "sampling", {}, grid, (SAMPLING_THREADS, 1, 1), (arguments,))
+
+    def count_tokens(self, slot: int, ids: int, count: int, generated: bool) -> Launch:
+        """Mark tokens of a prompt, or count generated ones; `ids` int32 [count] on the device."""
+        counts = self._places["token_counts"] + 2 * slot * self.logits_pitch
+        args = (counts, i32(self.config.vocab_size), ids, i32(count), i32(generated))
+        return self._launch("sampling", "count_tokens", {}, (min(64, -(-count // 256)), 1, 1), (256, 1, 1), args)
+
+    def mask(self, num_rows: int, masks: int) -> Launch:
+        """Put out what a grammar does not allow: one bit per token, u32 [num_rows][ceil32(vocab_size) / 32]."""
+        args = (self._places["logits"], i32(self.logits_pitch), i32(self.config.vocab_size), masks)
+        blocks = min(64, -(-self.config.vocab_size // 256))
+        return self._launch("mask_logits", "mask_logits", {}, (blocks, num_rows, 1), (256, 1, 1), args)
 
     # ---- operations ------------------------------------------------------------------------------------------------
 

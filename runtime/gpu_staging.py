@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 FIELD_ALIGNMENT = 16
 _RING = 4  # passes whose memory may still be read by a copy
+_COPIES = 16
 
 
 class Staging:
@@ -38,20 +39,22 @@ class Staging:
         return addresses
 
 
-class PinnedRows:
-    """Rows of int32 on their way to rows of a device table."""
+class PinnedCopies:
+    """Small pieces of host memory on their way to places on the device."""
 
-    def __init__(self, cupy: Any, width: int) -> None:
-        self._cuda, self._width = cupy.cuda, width
-        self._memory = [cupy.cuda.alloc_pinned_memory(4 * width) for _ in range(4 * _RING)]
+    def __init__(self, cupy: Any, nbytes: int) -> None:
+        self._cuda, self._nbytes = cupy.cuda, nbytes
+        self._memory = [cupy.cuda.alloc_pinned_memory(nbytes) for _ in range(_COPIES)]
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in self._memory]
         self._turn = 0
 
-    def send(self, values: Sequence[int] | NDArray[np.int32], address: int, stream: Any) -> None:
-        """Copy to a device address."""
+    def send(self, values: NDArray[Any], address: int, stream: Any) -> None:
+        """Copy to a device address; at most the planned number of bytes."""
         memory, event = self._memory[self._turn], self._events[self._turn]
         self._turn = (self._turn + 1) % len(self._memory)
         event.synchronize()
-        np.frombuffer(memory, np.int32, self._width)[: len(values)] = values
-        self._cuda.runtime.memcpyAsync(address, memory.ptr, 4 * len(values), self._cuda.runtime.memcpyHostToDevice, stream.ptr)
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        np.frombuffer(memory, np.uint8, self._nbytes)[: flat.size] = flat
+        runtime = self._cuda.runtime
+        runtime.memcpyAsync(address, memory.ptr, flat.size, runtime.memcpyHostToDevice, stream.ptr)
         event.record(stream)

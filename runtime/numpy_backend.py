@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,8 +14,10 @@ from megalith.format.reader import PackedFile
 from megalith.format.rope import F32, inverse_frequencies, rotation_rows
 
 from .program import Kind, Operation, build_program
+from .sampler import SamplingParameters, TokenCounts, sample
 from .weights import Weights
 
+PREFILL_CHUNK_TOKENS = 512
 _GPT_OSS_SLOPE = 1.702
 _QUERY_BLOCK_SCORES = 1 << 23  # float32 attention scores held at a time
 
@@ -117,7 +119,24 @@ class NumpyBackend:
 
     def forward(self, ids: NDArray[np.int64], cache: Cache, seq_len: int, last_only: bool) -> F32:
         """Logits float32 [num_tokens or 1, vocab_size] of tokens appended to the sequence in `cache`."""
-        return self.forward_batch([Span(ids, cache, seq_len, slice(-1, None) if last_only else slice(None))])
+        wanted = []
+        for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
+            chunk = ids[start : start + PREFILL_CHUNK_TOKENS]
+            is_last = start + len(chunk) == len(ids)
+            rows = slice(None) if not last_only else slice(-1, None) if is_last else slice(0, 0)
+            wanted.append(self.forward_batch([Span(chunk, cache, seq_len, rows)]))
+        return np.concatenate(wanted)
+
+    def generate(self, tokens: NDArray[np.int64], parameters: SamplingParameters, count: int) -> Generator[int, None, None]:
+        """At most `count` tokens after `tokens`, as they come."""
+        cache, pending = self.new_cache(), tokens
+        counts = TokenCounts(self.config.vocab_size, tokens.tolist()) if parameters.counts_tokens else None
+        for position in range(len(tokens), len(tokens) + count):
+            chosen = sample(self.forward(pending, cache, position, True)[-1], parameters, position, counts)
+            if counts is not None:
+                counts.add(chosen)
+            yield chosen
+            pending = np.array([chosen])
 
     def forward_batch(self, spans: Sequence[Span]) -> F32:
         """Logits float32 [wanted rows of all spans, vocab_size]; the tokens of each span are appended to its cache."""

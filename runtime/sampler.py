@@ -1,9 +1,9 @@
 """Choosing the next token from logits. In this order:
 
 1. the log probabilities that are reported come from the model's own logits, before anything below;
-2. repetition penalty r on tokens of prompt and output: logit / r where positive, logit * r where not (arXiv 1909.05858);
-3. minus frequency_penalty * count and minus presence_penalty, on tokens of the output alone;
-4. plus logit_bias;
+2. plus logit_bias;
+3. repetition penalty r on tokens of prompt and output: logit / r where positive, logit * r where not (arXiv 1909.05858);
+4. minus frequency_penalty * count and minus presence_penalty, on tokens of the output alone;
 5. tokens that the grammar does not allow are out;
 6. temperature 0 takes the largest, the lowest id among equals; else logits / temperature, then top-k, top-p and min-p.
 
@@ -26,7 +26,7 @@ from megalith.format.rope import F32
 
 MAX_SEED = 2**64 - 1
 MAX_TOP_LOGPROBS = 20
-MAX_BIASED_TOKENS = 1024
+MAX_BIASED_TOKENS = 300
 _RANGES = (
     ("temperature", 0.0, 100.0),
     ("top_p", 0.0, 1.0),
@@ -128,16 +128,16 @@ def sample(
 
 def adjusted(logits: F32, parameters: SamplingParameters, counts: TokenCounts | None, allowed: NDArray[np.bool_] | None) -> F32:
     """Logits float32 [vocab_size] after steps 2 to 5; -inf for tokens that are not allowed."""
+    if parameters.logit_bias:
+        tokens, biases = zip(*parameters.logit_bias, strict=True)
+        logits = logits.copy()
+        logits[list(tokens)] += np.asarray(biases, np.float32)
     if counts is not None and parameters.counts_tokens:
         repetition = np.float32(parameters.repetition_penalty)
         repeated = np.where(logits > 0, logits / repetition, logits * repetition)
         logits = np.where(counts.seen, repeated, logits)
         logits = logits - np.float32(parameters.frequency_penalty) * counts.output.astype(np.float32)
         logits = logits - np.float32(parameters.presence_penalty) * (counts.output > 0).astype(np.float32)
-    if parameters.logit_bias:
-        tokens, biases = zip(*parameters.logit_bias, strict=True)
-        logits = logits.copy()
-        logits[list(tokens)] += np.asarray(biases, np.float32)
     if allowed is not None:
         if not allowed.any():
             raise RequestError("the grammar allows no token of the vocabulary here")

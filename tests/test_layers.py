@@ -14,7 +14,23 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "format": {"numpy", "msgpack", "zstandard", "xxhash", "ml_dtypes"},
     "converter": {"numpy", "xxhash", "megalith.format", "megalith.version"},
-    "runtime": {"numpy", "tokenizers", "jinja2", "tqdm", "xxhash", "cuda", "cupy", "megalith.format"},
+    "runtime": {
+        "numpy",
+        "tokenizers",
+        "jinja2",
+        "tqdm",
+        "xxhash",
+        "cuda",
+        "cupy",
+        "megalith.format",
+        "llguidance",
+        "msgspec",
+        "starlette",
+        "uvicorn",
+        "httptools",
+        "prometheus_client",
+        "uvloop",
+    },
 }
 
 

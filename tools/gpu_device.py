@@ -82,6 +82,8 @@ class GpuDevice:
         kernel(grid, block, [self._argument(arg) for arg in args], self.stream.ptr, shared_bytes, pdl)
 
     def _argument(self, value: Any) -> Any:
+        if value is None:
+            return 0
         return int(value.data.ptr) if isinstance(value, self.cupy.ndarray) else value
 
     def array(self, values: Any) -> Any:

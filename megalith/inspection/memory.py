@@ -28,7 +28,6 @@ def arena_plan(packed: PackedFile, context: int, batch: int, memory_bytes: int |
     limits = Limits(
         max_sequences=batch, max_seq_len=context, max_prefill_tokens=min(DEFAULT_PREFILL_TOKENS, context), num_pages=0,
         num_sms=int(DEVICE["num_sms"]), shared_limit=int(DEVICE["shared_memory_bytes"]), has_wgmma=bool(DEVICE["has_wgmma"]),
-        counts_tokens=True,
     )  # fmt: skip
     return plan_arena(packed.index.config, FileSpan.of(packed.header), limits, memory_bytes)
 

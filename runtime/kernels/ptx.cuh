@@ -271,6 +271,8 @@ DEVICE void wgmma_m64n64k16_transposed(float (&d)[32], u32 a0, u32 a1, u32 a2, u
 // Per width: shape, names of the N / 2 accumulators, those of A's four registers and of B's descriptor, the accumulators.
 #define WGMMA_NAMES_16 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_NAMES_48 \
+    WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_NAMES_80 \
     WGMMA_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define WGMMA_NAMES_96 \

@@ -11,7 +11,11 @@ from golden_models import CASES, GoldenModel
 
 import megalith
 from megalith.converter.plan import Options
+from megalith.runtime.cupy_backend import CupyBackend
+from megalith.runtime.cupy_executor import CupyExecutor
 from megalith.runtime.engine import Engine
+from megalith.runtime.executor import Sampled, SequenceStep
+from megalith.runtime.sampler import SamplingParameters
 
 pytestmark = pytest.mark.gpu
 DENSE = [case for case in CASES if GoldenModel(case).folder.parent.name == "models" and case != "llama_dynamic"]
@@ -57,3 +61,60 @@ def test_decoding_token_by_token_matches_too(gpu: Any, golden: GoldenModel, tmp_
     bound = relative_error(ids["logits_bf16"], ids["logits_fp32"])
     print(golden.name, f"{error:.3e} against {bound:.3e}")
     assert error <= MARGIN * bound
+
+
+@pytest.mark.parametrize("golden", ["llama2", "qwen3"], indirect=True)
+def test_generation_follows_the_logits(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
+    engine = load(golden, tmp_path, 256)
+    prompt = id_sets(golden)[0]["ids"][:21].tolist()
+    found = [token.id for token in engine.generate_tokens(prompt, max_tokens=80, ignore_eos=True)]
+    cache = engine.backend.new_cache()
+    logits = engine.backend.forward(np.array(prompt), cache, len(prompt), True)
+    for token in found:
+        assert token == int(np.argmax(logits[-1]))
+        logits = engine.backend.forward(np.array([token]), cache, cache.length + 1, True)
+    engine.backend.close_cache(cache)
+    parameters = SamplingParameters(0.9, 40, 0.95, 0.01, seed=7, repetition_penalty=1.2, frequency_penalty=0.1)
+    runs = [[t.id for t in engine.generate_tokens(prompt, parameters, max_tokens=60, ignore_eos=True)] for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert runs[0] != found[:60]
+
+
+@pytest.mark.parametrize("golden", ["llama2", "qwen3"], indirect=True)
+def test_many_sequences_get_what_each_gets_alone(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    declared = golden.config["vocab_size"]
+    assert isinstance(declared, int)
+    prompts = [rng.integers(0, declared, int(rng.integers(3, 150))) for _ in range(11)]
+    parameters = [SamplingParameters(0.8 * (i % 2), seed=i, top_logprobs=i % 4 - 1 if i % 4 else None) for i in range(11)]
+    with megalith.open(golden.pack(tmp_path, Options(max_seq_len=512))) as packed:
+        together = CupyExecutor(CupyBackend(packed, max_sequences=11, max_seq_len=512))
+        alone = CupyExecutor(CupyBackend(packed, max_sequences=1, max_seq_len=512))
+    batch = run_all(together, prompts, parameters, 40)
+    for i, prompt in enumerate(prompts):
+        [single] = run_all(alone, [prompt], parameters[i : i + 1], 40)
+        assert [sampled.token for sampled in single] == [sampled.token for sampled in batch[i]]
+        assert [sampled.logprob for sampled in single] == [sampled.logprob for sampled in batch[i]]
+        assert [sampled.top for sampled in single] == [sampled.top for sampled in batch[i]]
+
+
+def run_all(
+    executor: CupyExecutor, prompts: list[np.ndarray], parameters: list[SamplingParameters], count: int
+) -> list[list[Sampled]]:
+    """`count` tokens for every prompt, all sequences in every pass; a run's sequence i takes slot i."""
+    tables = [tuple(range(8 * i, 8 * i + 8)) for i in range(len(prompts))]
+    for slot, (prompt, chosen) in enumerate(zip(prompts, parameters, strict=True)):
+        executor.start(slot, chosen, prompt.tolist())
+    steps = [SequenceStep(i, prompt, 0, tables[i], True, len(prompt)) for i, prompt in enumerate(prompts)]
+    found = [[sampled] for sampled in executor.collect(executor.submit(steps))]
+    pending = []
+    for step in range(count - 1):
+        places = [len(prompt) + step for prompt in prompts]
+        pending.append(executor.submit([SequenceStep(i, None, at, tables[i], True, at + 1) for i, at in enumerate(places)]))
+        if len(pending) == 2:
+            for i, sampled in enumerate(executor.collect(pending.pop(0))):
+                found[i].append(sampled)
+    for ticket in pending:
+        for i, sampled in enumerate(executor.collect(ticket)):
+            found[i].append(sampled)
+    return found

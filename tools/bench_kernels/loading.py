@@ -62,8 +62,8 @@ def _row(
         seconds.append(report.seconds)
     median = statistics.median(seconds)
     return {
-        "kernel": "loading", "name": name, "nbytes": span.nbytes, "mapped_bytes": report.mapped_bytes, "direct": report.is_direct,
-        "ms": median * 1e3, "gbytes_per_s": span.nbytes / median / 1e9,
+        "kernel": "loading", "name": name, "nbytes": span.nbytes, "mapped_bytes": report.mapped_bytes,
+        "direct": report.is_direct, "ms": median * 1e3, "gbytes_per_s": span.nbytes / median / 1e9,
     }  # fmt: skip
 
 

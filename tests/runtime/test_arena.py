@@ -1,0 +1,53 @@
+"""The arena's plan: regions in order and apart, as many KV pages as asked for or as fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megalith.format.errors import RequestError
+from megalith.format.reader import PackedFile
+from megalith.runtime.arena import FileSpan, plan_arena
+from megalith.runtime.gpu_buffers import Limits, device_buffers, page_bytes
+
+LIMITS = Limits(
+    max_sequences=3, max_seq_len=100, max_prefill_tokens=48, num_pages=0, num_sms=132, shared_limit=228 << 10, has_wgmma=True,
+)  # fmt: skip
+
+
+def test_regions_follow_each_other_and_hold_what_the_backend_asks_for(packed_llama: Path) -> None:
+    with PackedFile(packed_llama) as packed:
+        config, span = packed.index.config, FileSpan.of(packed.header)
+        image = packed.header.section("image")
+    plan = plan_arena(config, span, LIMITS, None)
+    assert plan.limits == replace(LIMITS, num_pages=2 * 3)
+    wanted = {buffer.name: buffer.nbytes for buffer in device_buffers(config, plan.limits)}
+    assert {region.name: region.nbytes for region in plan.regions[2:]} == wanted
+    assert (plan.regions[0].offset, plan.regions[0].nbytes) == (0, image.nbytes)
+    assert span.nbytes == plan.regions[1].end
+    end = 0
+    for region in plan.regions:
+        assert region.offset >= end
+        assert region.offset % region.alignment == 0
+        end = region.end
+    assert plan.nbytes >= end
+    assert plan.addresses(1 << 40)["x"] == (1 << 40) + plan.offset("x")
+
+
+def test_pages_by_number_and_by_memory(packed_llama: Path) -> None:
+    with PackedFile(packed_llama) as packed:
+        config, span = packed.index.config, FileSpan.of(packed.header)
+    each = page_bytes(config)
+    exact = plan_arena(config, span, LIMITS, None, num_pages=17)
+    assert exact.limits.num_pages == 17
+    assert plan_arena(config, span, LIMITS, exact.nbytes) == exact
+    assert plan_arena(config, span, LIMITS, exact.nbytes - 1).limits.num_pages == 16
+    assert plan_arena(config, span, LIMITS, exact.nbytes + each, num_pages=17) == exact
+    with pytest.raises(RequestError, match=f"17 pages of KV cache {17 * each} more"):
+        plan_arena(config, span, LIMITS, exact.nbytes - 1, num_pages=17)
+    least = plan_arena(config, span, LIMITS, None, num_pages=2)  # one sequence of 100 positions
+    assert plan_arena(config, span, LIMITS, least.nbytes) == least
+    with pytest.raises(RequestError, match="context 100"):
+        plan_arena(config, span, LIMITS, least.nbytes - 1)
