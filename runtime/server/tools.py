@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megalith.runtime.guidance import COMPACT
 from megalith.runtime.tokenizer import Tokenizer
 
 from .bodies import ChatBody, ChosenTool, Tool
@@ -38,7 +39,7 @@ class ToolUse:
     def schema(self) -> dict[str, Any]:
         """One call as JSON."""
         key = "arguments" if self.is_tagged else "parameters"
-        return {
+        return COMPACT | {
             "anyOf": [
                 {
                     "type": "object",
