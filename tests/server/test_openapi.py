@@ -10,6 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import status_code_conformance
 from serving import ServerProcess, until
 
 EXAMPLES = 60  # of each operation, of valid and of invalid data
@@ -23,6 +24,20 @@ def echo(model: Path) -> Any:
         yield running
 
 
+def examine(operation: Any, mode: Any, count: int) -> None:
+    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+
+    @given(data=st.data())
+    @settings(
+        max_examples=count, deadline=None, database=None, suppress_health_check=quiet, phases=[Phase.generate], derandomize=True
+    )
+    def check(data: st.DataObject) -> None:
+        case = data.draw(operation.as_strategy(generation_mode=mode))
+        case.validate_response(case.call(), checks=[not_a_server_error, status_code_conformance])
+
+    check()
+
+
 @pytest.mark.parametrize(
     "mode", [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE], ids=["valid", "invalid"]
 )
@@ -30,21 +45,12 @@ def test_no_5xx(echo: ServerProcess, mode: Any) -> None:
     document = echo.json("GET", "/openapi.json")
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=echo.url)
-    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     for result in schema.get_all_operations():
         operation = result.ok()
         if mode is schemathesis.GenerationMode.NEGATIVE and operation.method.upper() == "GET":
             continue
 
-        @given(data=st.data())
-        @settings(max_examples=EXAMPLES if operation.method.upper() == "POST" else 3, deadline=None, database=None,
-                  suppress_health_check=quiet, phases=[Phase.generate], derandomize=True)  # fmt: skip
-        def check(data: st.DataObject, operation: Any = operation) -> None:
-            case = data.draw(operation.as_strategy(generation_mode=mode))
-            response = case.call()
-            case.validate_response(response, checks=[not_a_server_error])
-
-        check()
+        examine(operation, mode, EXAMPLES if operation.method.upper() == "POST" else 3)
     until(echo.is_idle, 30)
     assert echo.event("internal_error") is None
     assert echo.json("GET", "/ready")["status"] == "ready"
