@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(sort $(wildcard megalith/*.py megalith/*/*.py format/*.py converter/*.py converter/*/*.py runtime/*.py runtime/*/*.py))
 ANSWER_IDS := 504, 3575, 282, 4649, 314, 7042, 30, 2
 
-.PHONY: demo test check format clean FORCE
+.PHONY: demo test check format browser clean FORCE
 
 demo: $(VENV)/installed
 	$(BIN)/python tools/make_demo_model.py demo/smollm2 --download-dir .cache
@@ -18,8 +18,14 @@ demo: $(VENV)/installed
 	  | $(BIN)/python -c 'import json, sys; ids = json.load(sys.stdin)["ids"]; \
 	    sys.exit(f"unexpected ids {ids}" if ids != [$(ANSWER_IDS)] else print("the reference ids:", *ids))'
 
-test: check
+test: check browser
 	$(BIN)/python -m pytest -n 2
+
+# the page's tests skip themselves without a browser; CI gets one where the system's package manager has it
+browser:
+	@test -z "$$CI" || command -v chromium >/dev/null || ! command -v apt-get >/dev/null \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo 'no chromium: the tests of the page are skipped'
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

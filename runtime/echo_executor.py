@@ -1,6 +1,6 @@
 """An executor without a model: it answers with the prompt's tokens, again and again. It measures everything around a model.
 
-`step_seconds` is what a forward pass takes; passes are over at multiples of it, however many sequences they hold.
+`step_seconds` is what a forward pass takes, however many sequences it holds; passes follow one another without a gap.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class EchoExecutor:
 
     def submit(self, steps: Sequence[SequenceStep]) -> Ticket:
         self._submitted += 1
-        self._done = max(self._done, time.monotonic()) + self._step_seconds
+        now = time.monotonic()
+        begin = self._done if self._queue else now
+        self._done = max(begin + self._step_seconds, now)
         self._queue[self._submitted] = (self._done, steps)
         return Ticket(self._submitted)
 

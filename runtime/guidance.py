@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from megalith.format.errors import RequestError, printable
 
 MAX_GRAMMAR_BYTES = 1 << 18
+# one space where JSON may have any number: small models do not always stop writing them
+COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
 
 class Grammars:
@@ -60,11 +62,13 @@ class Guide:
         return bool(self._matcher.is_stopped())
 
 
-def json_grammar(schema: dict[str, Any] | bool | None = None) -> str:
+def json_grammar(schema: dict[str, Any] | None = None) -> str:
     """A grammar for JSON that follows a schema, or for any JSON object."""
     from llguidance import LLMatcher
 
     try:
-        return str(LLMatcher.grammar_from_json_schema(json.dumps(schema if schema is not None else {"type": "object"})))
+        return str(
+            LLMatcher.grammar_from_json_schema(json.dumps(COMPACT | (schema if schema is not None else {"type": "object"})))
+        )
     except ValueError as error:
         raise RequestError(f"the schema is not usable: {printable(error)}") from None

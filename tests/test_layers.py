@@ -11,26 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SERVER = {"httptools", "llguidance", "msgspec", "prometheus_client", "starlette", "uvicorn"}
+GPU = {"cuda", "cupy"}
 ALLOWED = {
     "format": {"numpy", "msgpack", "zstandard", "xxhash", "ml_dtypes"},
     "converter": {"numpy", "xxhash", "megalith.format", "megalith.version"},
-    "runtime": {
-        "numpy",
-        "tokenizers",
-        "jinja2",
-        "tqdm",
-        "xxhash",
-        "cuda",
-        "cupy",
-        "megalith.format",
-        "llguidance",
-        "msgspec",
-        "starlette",
-        "uvicorn",
-        "httptools",
-        "prometheus_client",
-        "uvloop",
-    },
+    "runtime": {"numpy", "tokenizers", "jinja2", "tqdm", "xxhash", "megalith.format", "megalith.runtime", "megalith.version"}
+    | SERVER
+    | GPU,
 }
 
 

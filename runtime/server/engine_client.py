@@ -88,7 +88,7 @@ class EngineClient(asyncio.Protocol):
         self.restarts = 0
         self.load_seconds = 0.0
         self.unusable: Unusable | None = None  # the engine's own reason not to start
-        self.first_outcome = asyncio.Event()  # the first process is ready, or will never be
+        self.first_outcome = asyncio.Event()  # a process was ready, or will never be
         self._on_step = on_step
         self._ids = itertools.count(1)
         self._streams: dict[int, tuple[Stream, int]] = {}
@@ -144,9 +144,11 @@ class EngineClient(asyncio.Protocol):
             await self._lost
             self._fail_all()
             code = await self._wait_for_end()
-            self.first_outcome.set()
             if self.unusable is not None:
                 log("error", "engine_unusable", reason=self.unusable.message)
+                if not self.first_outcome.is_set():  # it never worked: the command ends with this reason
+                    self.first_outcome.set()
+                    return
             crashes = 1 if time.monotonic() - begun > _HEALTHY_SECONDS else crashes + 1
             delay = _BACKOFF_SECONDS[min(crashes, len(_BACKOFF_SECONDS)) - 1]
             log("error", "engine_ended", exit_code=code, restart_in_seconds=delay)

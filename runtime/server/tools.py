@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megalith.runtime.guidance import COMPACT
 from megalith.runtime.tokenizer import Tokenizer
 
 from .bodies import ChatBody, ChosenTool, Tool
@@ -38,7 +39,7 @@ class ToolUse:
     def schema(self) -> dict[str, Any]:
         """One call as JSON."""
         key = "arguments" if self.is_tagged else "parameters"
-        return {
+        return COMPACT | {
             "anyOf": [
                 {
                     "type": "object",
@@ -100,6 +101,7 @@ class CallParser:
         self._is_tagged = use.is_tagged
         self._names = {tool.function.name for tool in use.tools}
         self._held = ""
+        self._has_called = False
 
     def feed(self, text: str) -> list[str | Call]:
         """What is settled, in order."""
@@ -112,24 +114,31 @@ class CallParser:
             if start < 0:
                 keep = next((n for n in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:n])), 0)
                 settled = self._held[: len(self._held) - keep]
-                self._held = self._held[len(settled) :]
-                return [*out, settled] if settled else out
+                if not self._is_gap(settled):
+                    out.append(settled)
+                    self._held = self._held[len(settled) :]
+                return out
             stop = self._held.find(CLOSE, start)
             if stop < 0:
-                if start:
+                if not self._is_gap(self._held[:start]):
                     out.append(self._held[:start])
-                    self._held = self._held[start:]
+                self._held = self._held[start:]
                 return out
-            if self._held[:start].strip():
+            if not self._is_gap(self._held[:start]):
                 out.append(self._held[:start])
             inner = self._held[start + len(OPEN) : stop]
             out.append(self._call(inner, "arguments") or self._held[start : stop + len(CLOSE)])
             self._held = self._held[stop + len(CLOSE) :]
+            self._has_called |= isinstance(out[-1], Call)
+
+    def _is_gap(self, text: str) -> bool:
+        """Nothing, or the space between calls, which is no content."""
+        return not text or (self._has_called and not text.strip())
 
     def flush(self) -> list[str | Call]:
         """What is left, once no more comes."""
         held, self._held = self._held, ""
-        if not held:
+        if self._is_gap(held):
             return []
         if self._is_tagged:
             return [self._call(held.removeprefix(OPEN), "arguments") or held]
