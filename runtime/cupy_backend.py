@@ -19,7 +19,7 @@ from .compile import Build, compiled
 from .copying import CudaCopier
 from .executor import SequenceStep, Ticket
 from .gpu_buffers import PAGE_TOKENS, Limits
-from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, split_workers
+from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma, split_workers
 from .gpu_staging import PinnedCopies, Staging
 from .launch import Kernel, Launch, Module
 from .loading import LoadOptions, load, terminal_progress
@@ -57,10 +57,6 @@ class DeviceFacts:
     arch: str
     num_sms: int
     shared_limit: int
-
-    @property
-    def has_wgmma(self) -> bool:
-        return self.arch == "sm_90"  # TODO
 
 
 def import_cupy() -> Any:
@@ -120,7 +116,7 @@ class CupyBackend:
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         wanted = Limits(
             max_sequences, self.max_seq_len, min(max_prefill_tokens, self.max_seq_len), 0, self.facts.num_sms,
-            self.facts.shared_limit, self.facts.has_wgmma,
+            self.facts.shared_limit, can_use_wgmma(self.facts.arch, self.config),
         )  # fmt: skip
         self.plan = self._plan(packed, wanted, num_pages)
         self.limits = self.plan.limits

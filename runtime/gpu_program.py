@@ -10,10 +10,12 @@ import numpy as np
 from megalith.format.entries import BlobEntry
 from megalith.format.errors import UnsupportedError
 from megalith.format.index import Index
+from megalith.format.model import ModelConfig
 from megalith.format.tiles import padded
 
 from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention
 from .compile import Build
+from .gemm_plan import gemm_shape
 from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, RING_STEPS, Limits, head_pitch, page_bytes, qkv_rows
 from .launch import Argument, Dim3, Kernel, Launch
 from .linear_plan import STEP_BYTES, THREADS, linear_shape
@@ -236,7 +238,24 @@ class GpuProgram:
         y: tuple[int, int, int],
         reader: str,
     ) -> Launch:
-        raise NotImplementedError
+        num_sms, (address, pitch, columns) = self._limits.num_sms, y
+        shape = gemm_shape(blob.layout, epilogue, blob.rows, blob.columns, count, num_sms)
+        if epilogue == 2:
+            columns = padded(columns, 128 if reader == "mxfp4" else 64)
+        defines = {
+            **shape.defines(), "Y_LANE_COLUMNS": _lane_columns(reader),
+            "BIAS_F32": self._is_f32(op.bias) if op.bias >= 0 else 0,
+            "Y_SCALAR": int(epilogue != 2 and bool(columns % 4 or pitch % 4)),
+        }  # fmt: skip
+        step_columns = 128 if blob.layout == "mxfp4" else 32
+        args = (
+            self._blob(op.weight), i32(blob.rows // 16), i32(blob.columns // step_columns), x[0], i32(x[1]), i32(count),
+            address,
+            i32(pitch), i32(columns), self._blob(op.bias) if op.bias >= 0 else 0, f32(self.config.swiglu_limit or 0.0),
+            self._places["gemm_partials"], self._places["gemm_flags"], i32(shape.token_band(blob.columns, count)),
+        )  # fmt: skip
+        grid = (shape.blocks(num_sms), 1, 1)
+        return self._launch("gemm_wgmma", "gemm_wgmma", defines, grid, (shape.threads, 1, 1), args, shape.shared_bytes)
 
     def _qkv_defines(self, qkv: Operation) -> dict[str, int | str]:
         config = self.config
@@ -325,6 +344,11 @@ class GpuProgram:
 
 def _lane_columns(layout: str) -> int:
     return 32 if layout == "mxfp4" else 8
+
+
+def can_use_wgmma(arch: str, config: ModelConfig) -> bool:
+    """Whether products of many tokens go through wgmma: attention fills whole panels of its output there."""
+    return arch == "sm_90a" and config.q_rows % 64 == 0
 
 
 def split_workers(longest: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .compile import Build
+from .gemm_plan import GemmShape
 
 Defines = dict[str, int | str]
 
@@ -20,7 +21,7 @@ def builds(arch: str) -> list[Build]:
     Choose the extremes (most registers, most shared memory, each codec, each dtype), not the product of all choices:
     all of them for all architectures compile in about two minutes on two cores.
     """
-    return [*_linear(arch), *_vectors(arch), *_attention(arch)]
+    return [*_linear(arch), *_gemm(arch), *_vectors(arch), *_attention(arch)]
 
 
 def _linear(arch: str) -> Iterator[Build]:
@@ -33,6 +34,32 @@ def _linear(arch: str) -> Iterator[Build]:
     ):
         shape: Defines = {"EPILOGUE": epilogue, "TOKEN_TILES": tiles, "RING_CHUNKS": chunks, "CODEC_MXFP4": mxfp4}
         yield Build.of("linear", arch, **{element: 1}, Y_TILED=0, Y_LANE_COLUMNS=8, BIAS_F32=0, **shape)
+
+
+def _gemm(arch: str) -> Iterator[Build]:
+    if arch != "sm_90a":
+        return
+    tiles, mxfp4 = "tile16x512", "mxfp4"
+    for shape in (
+        GemmShape(tiles, 0, 256, 2, 1, 2, False),
+        GemmShape(tiles, 1, 256, 2, 1, 2, False),
+        GemmShape(tiles, 2, 256, 2, 1, 2, False),
+        GemmShape(tiles, 1, 128, 3, 1, 2, False),
+        GemmShape(tiles, 1, 192, 1, 1, 1, False),
+        GemmShape(tiles, 0, 256, 2, 2, 2, True),
+        GemmShape(tiles, 2, 256, 2, 2, 2, True),
+        GemmShape(tiles, 1, 256, 1, 2, 2, True),
+        GemmShape(tiles, 2, 16, 2, 2, 2, True),
+        GemmShape(mxfp4, 1, 256, 2, 2, 2, False),
+        GemmShape(mxfp4, 1, 128, 3, 2, 2, False),
+        GemmShape(mxfp4, 1, 256, 1, 2, 2, True),
+        GemmShape(mxfp4, 2, 256, 2, 2, 2, True),
+    ):
+        yield Build.of("gemm_wgmma", arch, **shape.defines(), ELEMENT_BF16=1, Y_LANE_COLUMNS=8, BIAS_F32=0, Y_SCALAR=0)
+    small = GemmShape(tiles, 1, 32, 1, 2, 2, True)
+    yield Build.of("gemm_wgmma", arch, **small.defines(), ELEMENT_F16=1, Y_LANE_COLUMNS=8, BIAS_F32=1, Y_SCALAR=1)
+    gates = GemmShape(mxfp4, 2, 96, 2, 2, 2, False)
+    yield Build.of("gemm_wgmma", arch, **gates.defines(), ELEMENT_BF16=1, Y_LANE_COLUMNS=32, BIAS_F32=1, Y_SCALAR=0)
 
 
 def _vectors(arch: str) -> Iterator[Build]:

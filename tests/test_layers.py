@@ -16,7 +16,17 @@ GPU = {"cuda", "cupy"}
 ALLOWED = {
     "format": {"numpy", "msgpack", "zstandard", "xxhash", "ml_dtypes"},
     "converter": {"numpy", "xxhash", "megalith.format", "megalith.version"},
-    "runtime": {"numpy", "tokenizers", "jinja2", "tqdm", "xxhash", "megalith.format", "megalith.runtime", "megalith.version"}
+    "runtime": {
+        "numpy",
+        "tokenizers",
+        "jinja2",
+        "tqdm",
+        "xxhash",
+        "megalith.format",
+        "megalith.runtime",
+        "megalith.version",
+        "megalith.__version__",
+    }
     | SERVER
     | GPU,
 }

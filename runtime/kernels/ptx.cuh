@@ -314,12 +314,6 @@ DEVICE void wgmma(float (&d)[WGMMA_N / 2], const u32 (&a)[4], u64 b) { WGMMA_EXP
 #endif
 
 #if __CUDA_ARCH__ >= 900
-DEVICE u32 cluster_rank() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
 // Barrier of all threads of all blocks of the cluster.
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

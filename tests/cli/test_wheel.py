@@ -79,6 +79,7 @@ def test_every_command_runs_outside_the_checkout(wheel: Path, tmp_path: Path) ->
     for prompt in (["--prompt", "w5 w9"], ["--chat", "w5 w9"]):
         answer = json.loads(megalith("generate", "model.lith", *prompt, "--max-tokens", 3, "--ignore-eos", "--json"))
         assert (answer["prompt_ids"], len(answer["ids"])) == ([5, 9], 3)
+    assert "max_seq_len" in megalith("serve", "model.lith", "--backend", "numpy", "--dry-run", "--json")
     assert used == {"--help", *COMMANDS}
     script = "import megalith; print(megalith.load('model.lith').logits([1, 2]).shape, megalith.__file__)"
     shape, place = output_of(python, "-c", script, folder=tmp_path).rsplit(maxsplit=1)
