@@ -41,7 +41,7 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
     }
     for folder, inside in folders.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".cu", ".cuh", ".typed"}:
+            if path.suffix in {".py", ".cu", ".cuh", ".typed", ".html"}:
                 assert f"{inside}/{path.relative_to(ROOT / folder)}" in names
     assert all(name.startswith("megalith") for name in names)
 
