@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .cupy_executor import CupyExecutor
 
 DEFAULT_PREFILL_TOKENS = 2048
+_KEPT_PREFILLS = 32  # sizes of prefill whose launches are kept
 _KEPT_BYTES = 1 << 30  # of free device memory, for the driver and for others
 
 
@@ -113,6 +114,7 @@ class CupyBackend:
         self._modules: dict[Build, Module] = {}
         self._kernels: dict[tuple[Build, str], Kernel] = {}
         self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self._prefill_launches: dict[PrefillPass, list[Launch]] = {}
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         wanted = Limits(
             max_sequences, self.max_seq_len, min(max_prefill_tokens, self.max_seq_len), 0, self.facts.num_sms,
@@ -234,7 +236,12 @@ class CupyBackend:
         at = self._staging.send(
             [ids.astype(np.int32), positions.astype(np.int32), slots, table, items, np.array(rows, np.int32)], self.stream
         )
-        self._enqueue(self.program.prefill(PrefillPass(len(ids), len(items), len(rows), *at)))
+        step = PrefillPass(len(ids), len(items), len(rows), *at)
+        if step not in self._prefill_launches:
+            if len(self._prefill_launches) == _KEPT_PREFILLS:
+                self._prefill_launches.pop(next(iter(self._prefill_launches)))
+            self._prefill_launches[step] = self.program.prefill(step)
+        self._enqueue(self._prefill_launches[step])
 
     def sample(self, rows: Rows, masks: Sequence[NDArray[np.int32] | None]) -> None:
         """A token for each row of logits, within its mask where it has one."""

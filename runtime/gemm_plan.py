@@ -8,6 +8,7 @@ gets depends on the matrix, the number of blocks and the side of SPLIT_TOKENS th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 TOKEN_TILES = (16, 32, 64, 96, 128, 160, 192, 224, 256)
@@ -113,6 +114,7 @@ class GemmShape:
         return -(-tiles // (num_sms // self.cluster))
 
 
+@cache
 def gemm_shape(layout: str, epilogue: int, rows: int, columns: int, num_tokens: int, num_sms: int) -> GemmShape:
     """The build for a product of `rows` x `columns` stored weights with `num_tokens` tokens."""
     if num_tokens <= SPLIT_TOKENS:

@@ -82,6 +82,9 @@ class GpuProgram:
         self.config = index.config
         self.element = element_of(index)
         self._program = build_program(index)
+        self._places_in_program = {op: i for i, op in enumerate(self._program)}
+        self._blobs = [index.blob(i) for i in range(len(index.blobs))]
+        self._names = index.blobs.names
         for op in self._program:
             if op.kind in (Kind.ROUTE, Kind.EXPERTS):
                 raise UnsupportedError("the cupy backend of this version runs dense models only: use --backend numpy")
@@ -169,7 +172,7 @@ class GpuProgram:
     def _dense(self, op: Operation, count: int, tiled: bool) -> Launch:
         config = self.config
         if op.kind is Kind.PROJECT:
-            source = "a" if self._index.blob(op.weight).columns >= config.q_rows and self._is_attention_output(op) else "inner"
+            source = "a" if self._blobs[op.weight].columns >= config.q_rows and self._is_attention_output(op) else "inner"
             return self._product(op, count, 1, source, "x", config.hidden_size, tiled, config.hidden_size)
         if op.kind is Kind.GATE_UP:
             return self._product(op, count, 2, "h", "inner", 0, tiled, config.intermediate_size)
@@ -177,7 +180,7 @@ class GpuProgram:
         return self._product(op, count, 0, "h", "logits", self.logits_pitch, tiled, config.vocab_size)
 
     def _is_attention_output(self, op: Operation) -> bool:
-        return self._index.blobs.names[op.weight].endswith(".o_proj")
+        return self._names[op.weight].endswith(".o_proj")
 
     def _embed(self, op: Operation, count: int, ids: int, slots: int) -> Launch:
         config = self.config
@@ -195,20 +198,23 @@ class GpuProgram:
         args = (self._places["x"], rows, self._blob(op.weight), f32(config.rms_norm_eps), h, i32(pitch))
         return self._launch("rmsnorm", "rmsnorm", defines, (count, 1, 1), (256, 1, 1), args)
 
+    def _following(self, op: Operation) -> Operation:
+        return self._program[self._places_in_program[op] + 1]
+
     def _reader_layout(self, norm: Operation) -> str:
         """Layout of the matrix that reads what a norm writes."""
-        following = self._program[self._program.index(norm) + 1]
-        return self._index.blob(following.weight).layout
+        following = self._following(norm)
+        return self._blobs[following.weight].layout
 
     def _product(
         self, op: Operation, count: int, epilogue: int, source: str, target: str, pitch: int, tiled: bool, columns: int = 0
     ) -> Launch:
-        blob = self._index.blob(op.weight)
+        blob = self._blobs[op.weight]
         x_columns = {"h": self.config.hidden_size, "a": self.config.q_rows, "inner": self.config.intermediate_size}[source]
         x, x_pitch = self._activation(source, x_columns, count, tiled)
         y, next_layout = self._places.buffers.get(target, 0), "tile16x512"
         if epilogue == 2:
-            next_layout = self._index.blob(self._program[self._program.index(op) + 1].weight).layout
+            next_layout = self._blobs[self._following(op).weight].layout
             y, pitch = self._activation("inner", columns, count, tiled)
         y_columns = columns or blob.rows
         if tiled:
@@ -279,7 +285,7 @@ class GpuProgram:
     def _attention_prefill(self, op: Operation, qkv: Operation, step: PrefillPass, tiled: bool) -> Launch:
         config, build = self.config, self.prefill_attention
         a, pitch = self._activation("a", config.q_rows, step.num_tokens, tiled)
-        reader = self._index.blob(self._program[self._program.index(op) + 1].weight).layout
+        reader = self._blobs[self._following(op).weight].layout
         sinks_f32 = op.sinks >= 0 and bool(self._is_f32(op.sinks))
         defines = build.defines(self.element, tiled, _lane_columns(reader), sinks_f32)
         args = (
@@ -295,7 +301,7 @@ class GpuProgram:
     ) -> Launch:
         config = self.config
         a, pitch = self._activation("a", config.q_rows, batch, tiled)
-        reader = self._index.blob(self._program[self._program.index(op) + 1].weight).layout
+        reader = self._blobs[self._following(op).weight].layout
         defines = {
             **self._qkv_defines(qkv), "GROUP": self.group, "HAS_SINKS": int(op.sinks >= 0), "ACTIVATION_TILED": int(tiled),
             "ACTIVATION_LANE_COLUMNS": _lane_columns(reader), "EARLY_READS": 1,
@@ -323,10 +329,10 @@ class GpuProgram:
         return kernel.bind(grid, block, args, shared_bytes, early_start)
 
     def _blob(self, number: int) -> int:
-        return self._places.image + self._index.blob(number).offset
+        return self._places.image + self._blobs[number].offset
 
     def _is_f32(self, number: int) -> int:
-        return int(self._index.blob(number).dtype == "F32")
+        return int(self._blobs[number].dtype == "F32")
 
     def _clip(self) -> np.float32:
         return f32(np.inf if self.config.clip_qkv is None else self.config.clip_qkv)

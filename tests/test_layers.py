@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SERVER = {"httptools", "llguidance", "msgspec", "prometheus_client", "starlette", "uvicorn"}
+SERVE_EXTRA = {"httptools", "llguidance", "msgspec", "prometheus_client", "starlette", "uvicorn", "uvloop"}
 GPU = {"cuda", "cupy"}
 ALLOWED = {
     "format": {"numpy", "msgpack", "zstandard", "xxhash", "ml_dtypes"},
@@ -27,7 +27,7 @@ ALLOWED = {
         "megalith.version",
         "megalith.__version__",
     }
-    | SERVER
+    | SERVE_EXTRA
     | GPU,
 }
 
@@ -56,3 +56,12 @@ def test_opening_a_file_imports_no_converter_and_no_runtime() -> None:
     loaded = done.stdout.split()
     assert "megalith.format.reader" in loaded
     assert not [name for name in loaded if name.startswith(("megalith.converter", "megalith.runtime", "torch", "click"))]
+
+
+@pytest.mark.parametrize(
+    "module", ["megalith.cli", "megalith.commands.serve", "megalith.commands.generate", "megalith.runtime.engine"]
+)
+def test_only_serving_imports_the_serve_extra(module: str) -> None:
+    script = f"import sys, {module}; print(*sorted(set({sorted(SERVE_EXTRA)}) & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

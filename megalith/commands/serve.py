@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from megalith.format.errors import UnsupportedError
 from megalith.output import human_bytes, print_json
 
 KEY_VARIABLE = "MEGALITH_API_KEYS"
@@ -109,9 +110,7 @@ def _need_server_packages() -> None:
         import msgspec  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise click.ClickException(
-            f"{error.name} is missing: install megalith with its serve extra, 'megalith[serve]'"
-        ) from None
+        raise UnsupportedError(f"{error.name} is missing: install megalith with its serve extra, 'megalith[serve]'") from None
 
 
 def _verify(packed: Any) -> None:

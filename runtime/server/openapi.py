@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from megalith import __version__
+from megalith.version import __version__
 
 from .bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 

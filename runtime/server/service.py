@@ -24,6 +24,8 @@ from .http import ClientGoneError, Exchange
 from .metrics import Metrics
 from .renderer import ChatRenderer
 
+_GRACE_SECONDS = 2.0  # after which the server no longer waits for the engine to end a request that is over time
+_ABANDON_SECONDS = 30.0  # after which a client that does not read is given up
 _THREAD_CHARACTERS = 4096  # texts beyond this are tokenized in a thread
 
 
@@ -175,6 +177,7 @@ class Job:
         self._extra = plan.num_choices - 1  # places beyond the one that the request took
         self._task: asyncio.Task[object] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._timers: list[asyncio.TimerHandle] = []
         self.begun = begun
         self.is_gone = False
 
@@ -184,6 +187,7 @@ class Job:
         self._task = asyncio.current_task()
         self._watcher = asyncio.create_task(self._watch())
         deadline = self.begun + service.limits.request_seconds
+        self._set_timers(deadline - time.monotonic() + _GRACE_SECONDS)
         try:
             for number in range(plan.num_choices):
                 submit = partial(self._submit, number, deadline)
@@ -221,7 +225,18 @@ class Job:
             self._task.uncancel()
             raise ClientGoneError
 
+    def _set_timers(self, seconds: float) -> None:
+        """The engine ends what is over time: these are for one that hangs, and for a client that stops reading."""
+        loop = asyncio.get_running_loop()
+        late = ApiError(504, "the engine did not answer in time", "engine_timeout")
+        self._timers = [
+            loop.call_later(seconds, self._stream.fail, late),
+            loop.call_later(seconds + _ABANDON_SECONDS, self._abandon),
+        ]
+
     def _leave(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
         for sequence_id in self._ids:
             self._service.engine.cancel(sequence_id)
         self._service.places.give_back(self._extra)
@@ -230,6 +245,9 @@ class Job:
 
     async def _watch(self) -> None:
         await self._exchange.gone()
+        self._abandon()
+
+    def _abandon(self) -> None:
         self.is_gone = True
         if self._task is not None:
             self._task.cancel()

@@ -57,7 +57,7 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
 def test_every_command_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     python, used = tmp_path / "env" / "bin" / "python", set()
-    output_of(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, folder=tmp_path)
+    output_of(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", f"{wheel}[serve]", folder=tmp_path)
     source = with_tokenizer(tmp_path / "source")
 
     def megalith(command: str, *arguments: object) -> str:

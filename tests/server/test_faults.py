@@ -307,6 +307,17 @@ def test_a_killed_engine_fails_its_requests_alone_and_comes_back(model: Path) ->
         assert server.is_idle()
 
 
+def test_an_engine_that_hangs_is_504(model: Path) -> None:
+    with ServerProcess(model, "--backend", "echo", "--request-timeout", "0.5") as server:
+        ready = server.event("engine_ready")
+        assert ready is not None
+        os.kill(ready["pid"], signal.SIGSTOP)
+        assert server.json("POST", COMPLETIONS, {"prompt": "x"}, status=504)["error"]["code"] == "engine_timeout"
+        os.kill(ready["pid"], signal.SIGCONT)
+        assert server.complete(prompt="x")["choices"]
+        until(server.is_idle)
+
+
 def test_readiness_is_503_while_the_engine_is_down(model: Path) -> None:
     with ServerProcess(model, "--backend", "echo") as server:
         ready = server.event("engine_ready")
