@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -23,5 +24,6 @@ def log(level: str, event: str, **fields: Any) -> None:
     if LEVELS[level] < _settings["level"]:
         return
     line = {"time": round(time.time(), 3), "level": level, "event": event, **fields}
-    sys.stderr.buffer.write(_encode(line) + b"\n")
-    sys.stderr.buffer.flush()
+    with contextlib.suppress(OSError, ValueError):  # whoever read the log is gone: serving and stopping go on
+        sys.stderr.buffer.write(_encode(line) + b"\n")
+        sys.stderr.buffer.flush()

@@ -67,12 +67,12 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         name = signal.Signals(sig).name
         if self.should_exit:
-            log("info", "stopping", signal=name)
             self.force_exit = True
+            log("info", "stopping", signal=name)
             return
-        log("info", "draining", signal=name, running=self._service.places.taken)
         self._service.is_draining = True
         self.should_exit = True
+        log("info", "draining", signal=name, running=self._service.places.taken)
 
 
 def build_service(packed: PackedFile, plan: ServingPlan, options: ServerOptions) -> Service:

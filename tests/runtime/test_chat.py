@@ -52,7 +52,7 @@ def test_templates_have_what_transformers_offers(template: str, text: str) -> No
         ("{{ ''.__class__.__mro__ }}", "SecurityError|unsafe"),
         ("{{ messages.append(1) }}", "SecurityError|unsafe"),
         ("{{ 'a' * 3000000000 }}", "memory"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "processor time|ran longer"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "processor time|longer than it may"),
         ("{{ 'a' * 20000000 }}", "16 Mi characters"),
         ("{{ (1).__class__ }}{{ 1 / 0 }}", "ZeroDivisionError|SecurityError|unsafe"),
     ],

@@ -7,6 +7,7 @@ import json
 import signal
 import ssl
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -142,6 +143,19 @@ def test_a_second_sigterm_stops_at_once(model: Path) -> None:
         server.process.wait(10)
         assert time.monotonic() - begun < 3
         stream.close()
+
+
+def test_a_log_that_nobody_reads_any_more_stops_nothing(model: Path) -> None:
+    command = [sys.executable, "-P", "-m", "megalith", "serve", str(model), "--port", "0", "--backend", "echo"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    port = json.loads(process.stderr.readline())["port"]
+    process.stderr.close()
+    for _ in range(3):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+            assert answer.status == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) in (0, 120)  # 120: Python could not flush its standard error
 
 
 def test_the_engine_ends_with_a_killed_server(model: Path) -> None:
