@@ -19,7 +19,7 @@ from .source import Checkpoint
 
 
 class RowRegion:
-    """The rows last read of each tensor: parts whose rows alternate in it, such as gate and up, read them once."""
+    """The rows last read of each tensor: parts that share them, such as gate and up, read them once."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -59,7 +59,6 @@ class PartReader:
         self._scales_digest = xxhash.xxh3_128()
         self._buffers: dict[str, Bits] = {}
         self._bit_type = BIT_TYPES.get(source.tensor.dtype, np.uint8)
-        self._transposed: Bits | None = None
         self._loss = ConversionLoss()
 
     def rows(self, start: int, stop: int) -> Bits:
@@ -128,7 +127,7 @@ class PartReader:
     def _read(self, tensor: SourceTensor, first: int, row_stride: int, columns: int, start: int, stop: int) -> Bits:
         """Contiguous elements [stop - start, columns] of a strided matrix that begins at element `first`."""
         if self._source.column_stride != 1:
-            return self._read_transposed(tensor, first)[start:stop]
+            return self._read_transposed(tensor, first, start, stop)
         offset = first % row_stride  # where this part begins in rows that it shares
         whole = self._region.rows(tensor, first - offset + start * row_stride, row_stride, stop - start, self._bit_type)
         if columns == row_stride:
@@ -140,16 +139,13 @@ class PartReader:
         np.copyto(rows, whole[:, offset : offset + columns])
         return rows
 
-    def _read_transposed(self, tensor: SourceTensor, first: int) -> Bits:
-        """The whole part, read once: its rows lie across each other in the checkpoint."""
-        if self._transposed is None:
-            rows, columns = self._part.rows, self._part.columns
-            strides = (self._source.row_stride, self._source.column_stride)
-            flat = np.empty((rows - 1) * strides[0] + (columns - 1) * strides[1] + 1, self._bit_type)
-            self._checkpoint.read_elements(tensor, first, flat)
-            in_bytes = (strides[0] * flat.itemsize, strides[1] * flat.itemsize)
-            self._transposed = np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, (rows, columns), in_bytes))
-        return self._transposed
+    def _read_transposed(self, tensor: SourceTensor, first: int, start: int, stop: int) -> Bits:
+        """Rows that lie across each other in the checkpoint, cut out of the whole matrix, which is read once."""
+        columns, row_stride, column_stride = self._part.columns, self._source.row_stride, self._source.column_stride
+        offset = first % column_stride  # where this part begins in a matrix that it shares
+        whole = self._region.rows(tensor, first - offset, column_stride, columns, self._bit_type)
+        across = whole[:, offset + start * row_stride : offset + (stop - 1) * row_stride + 1 : row_stride]
+        return np.ascontiguousarray(across.T)
 
     def _rows(self, start: int, stop: int) -> str:
         return f"rows {start} to {stop - 1}"

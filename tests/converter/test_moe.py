@@ -18,8 +18,11 @@ import megalith
 from megalith.cli import run
 from megalith.converter.convert import convert, manifest, sha256_of
 from megalith.converter.plan import Options
+from megalith.converter.safetensors_header import SourceTensor
+from megalith.converter.source import Checkpoint
 from megalith.converter.unpack import unpack
 from megalith.format.constants import BLOB_ALIGNMENT
+from megalith.format.dtypes import Bits
 from megalith.format.errors import CheckpointError
 from megalith.format.mxfp4 import decode_blocks
 
@@ -152,6 +155,22 @@ def test_same_bytes_for_any_threads(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("case", MOE_CASES)
+def test_every_byte_of_the_checkpoint_is_read_once(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up share rows, or a transposed matrix: read for both, and held once."""
+    read, read_elements = [], Checkpoint.read_elements
+
+    def counted(checkpoint: Checkpoint, tensor: SourceTensor, start: int, target: Bits) -> None:
+        read.append((tensor.name, target.nbytes))
+        read_elements(checkpoint, tensor, start, target)
+
+    monkeypatch.setattr(Checkpoint, "read_elements", counted)
+    GoldenModel(case).pack(tmp_path)
+    with Checkpoint(GoldenModel(case).folder) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            assert sum(nbytes for found, nbytes in read if found == name) == tensor.nbytes
+
+
 def test_verify_against_sees_a_changed_code_and_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = GoldenModel("gpt_oss_mxfp4").pack(tmp_path)
 
@@ -194,6 +213,10 @@ W1 = "block_sparse_moe.experts.{}.w1.weight"
         ("mixtral", UNCHANGED, {"num_experts": 3}, INVALID, ["num_local_experts is 4, num_experts is 3"]),
         ("mixtral_fused", put(LAYER + "mlp.experts.down_proj", (3, 72, 104), "float16"), {}, INVALID, ["[3, 72, 104]"]),
         ("mixtral_fused", drop(LAYER + "mlp.experts.gate_up_proj"), {}, INVALID, ["is missing"]),
+        ("mixtral_fused", put(LAYER + "mlp.experts.down_proj", (5, 72, 104), "float16"), {}, INVALID, ["[5, 72, 104]"]),
+        ("mixtral_fused", put(LAYER + "mlp.gate.weight", (4, 71), "float16"), {}, INVALID, ["gate.weight", "[4, 71]"]),
+        ("olmoe", drop(LAYER + "mlp.experts.7.up_proj.weight"), {}, INVALID, ["experts.7.up_proj.weight' is missing"]),
+        ("qwen3_moe", put("model.layers.0.mlp.gate.weight", (8, 72), "float16"), {}, INVALID, ["no rule", "mlp.gate.weight"]),
         ("qwen3_moe", UNCHANGED, {"mlp_only_layers": "none"}, INVALID, ["mlp_only_layers"]),
         ("qwen3_moe", UNCHANGED, {"decoder_sparse_step": 0}, INVALID, ["decoder_sparse_step is 0"]),
         ("qwen3_moe", UNCHANGED, {"norm_topk_prob": "yes"}, INVALID, ["norm_topk_prob"]),
@@ -201,6 +224,11 @@ W1 = "block_sparse_moe.experts.{}.w1.weight"
         ("gpt_oss_mxfp4", put(GPT_OSS_SCALES, (6, 192, 4)), {}, INVALID, ["gate_up_proj_scales", "[6, 192, 4]", "[6, 192, 3]"]),
         ("gpt_oss_mxfp4", put(GPT_OSS_BLOCKS, (6, 192, 3, 15)), {}, INVALID, ["gate_up_proj_blocks", "[6, 192, 3, 15]"]),
         ("gpt_oss_mxfp4", put(GPT_OSS_BLOCKS, (6, 192, 3, 16), "int8"), {}, UNSUPPORTED, ["gate_up_proj_blocks", "I8", "U8"]),
+        ("gpt_oss_mxfp4", put(GPT_OSS_BLOCKS, (7, 192, 3, 16)), {}, INVALID, ["gate_up_proj_blocks", "[7, 192, 3, 16]"]),
+        ("gpt_oss_mxfp4", put(LAYER + "mlp.router.weight", (7, 96), "float16"), {}, INVALID, ["router.weight", "[7, 96]"]),
+        ("gpt_oss_mxfp4", put(LAYER + "mlp.router.bias", (5,), "float16"), {}, INVALID, ["router.bias", "[5]"]),
+        ("gpt_oss_mxfp4", put(LAYER + "mlp.experts.gate_up_proj", (6, 96, 192), "float16"), {}, INVALID, ["gate_up_proj"]),
+        ("gpt_oss_bf16", put(LAYER + "mlp.experts.gate_up_proj", (6, 192, 96), "float16"), {}, INVALID, ["[6, 192, 96]"]),
         ("gpt_oss_mxfp4", drop(GPT_OSS_SCALES), {}, INVALID, ["gate_up_proj_scales' is missing"]),
         ("gpt_oss_mxfp4", drop(LAYER + "self_attn.sinks"), {}, INVALID, ["sinks' is missing"]),
         ("gpt_oss_mxfp4", UNCHANGED, {"swiglu_limit": 0}, INVALID, ["swiglu_limit"]),
@@ -233,11 +261,12 @@ def test_a_nan_scale_is_refused_unless_allowed(tmp_path: Path) -> None:
     assert back[GPT_OSS_SCALES].tobytes() == source[GPT_OSS_SCALES].tobytes()
 
 
-def test_values_that_are_not_finite_cannot_be_quantised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_values_that_are_not_finite_cannot_be_quantised(value: float, tmp_path: Path) -> None:
     def spoil(tensors: Tensors) -> None:
         name = LAYER + W1.format(1)
         tensors[name] = tensors[name].copy()
-        tensors[name][5, 6] = np.inf
+        tensors[name][5, 6] = value
 
     folder = altered("mixtral", tmp_path / "source", spoil)
     with pytest.raises(CheckpointError, match="MXFP4 cannot hold them"):
