@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": "Check a packed file's checksums, or every bit against its checkpoint.",
     "unpack": "Write the checkpoint back out of a packed file.",
     "generate": "Generate text from a packed file.",
+    "bench": "Time loading, prefill and decode on the GPU.",
     "serve": "Serve a packed file to OpenAI clients.",
 }
 

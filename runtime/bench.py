@@ -1,4 +1,7 @@
-"""Times of loading, prefill and decode on the GPU, as the engine runs them: kernels, copies and the host's part included."""
+"""Times of loading, prefill and decode on the GPU, as the engine runs them: kernels, copies, sampling, the host's part.
+
+A start is from opening the file to a backend that is ready; kernels that are not in the cache are compiled on first use.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ import numpy as np
 from megalith.format.reader import PackedFile
 
 from .cupy_backend import CupyBackend
+from .cupy_executor import CupyExecutor
+from .sampler import SamplingParameters
 
 DECODE_STEPS = 32  # timed together: the host enqueues them ahead of the device
 DECODE_SAMPLES = 7
@@ -72,8 +77,16 @@ class Bench:
         self._start_seconds = time.perf_counter() - begun
         self._rng = np.random.default_rng(0)
 
+    @property
+    def device(self) -> str:
+        """Name of the GPU."""
+        return self._backend.facts.name
+
     def results(self) -> Iterator[Result]:
-        """In the plan's order."""
+        """Start and load, then the plan's, in its order."""
+        report = self._backend.load_report
+        yield Result("start", None, None, None, self._start_seconds * 1e3, None, None, None)
+        yield Result("load", None, None, None, report.seconds * 1e3, None, report.nbytes / report.seconds / 1e9, None)
         for tokens in self._plan.prefill:
             yield self._prefill(tokens)
         for batch, context in self._plan.decode:
@@ -104,10 +117,13 @@ class Bench:
             backend.forward(self._rng.integers(0, self.config.vocab_size, context), cache, context, True)
             backend.reserve(cache, context + 2 * DECODE_STEPS)
         slots = np.array([cache.slot for cache in caches], np.int32)
+        executor = CupyExecutor(backend)
+        for cache in caches:  # greedy
+            executor.start(cache.slot, SamplingParameters(), [0])
 
         def steps() -> None:
             for step in range(DECODE_STEPS):
-                backend.decode_step(np.full(batch, context + step, np.int32), slots)
+                backend.decode_step(np.full(batch, context + step, np.int32), slots, sampled=True)
 
         seconds = self._median(steps, DECODE_STEPS, DECODE_SAMPLES)
         for cache in caches:

@@ -132,15 +132,15 @@ def split_shape(layout: str, epilogue: int, rows: int, num_tokens: int, num_sms:
         raise ValueError(f"{num_tokens} tokens: a split product takes 1 to {SPLIT_TOKENS}")
     tile_tokens = next(tile for tile in TOKEN_TILES if tile >= num_tokens)
     groups = 2 if 2 * rows >= num_sms * 2 * _GROUP_ROWS else 1
-    return GemmShape(layout, epilogue, tile_tokens, groups, stage_panels=2, cluster=2, split=True)
+    return GemmShape(layout, epilogue, tile_tokens, groups, stage_panels=2, cluster=1, split=True)
 
 
 def whole_shape(layout: str, epilogue: int, rows: int, columns: int, num_tokens: int, num_sms: int) -> GemmShape:
     """For many tokens: the tile that ends first, by a simple model; of equals the largest."""
     panels = 2 if layout == "mxfp4" else 1
     shapes = [
-        GemmShape(layout, epilogue, tile, groups, panels, cluster, split=False)
-        for cluster, groups, tile in product((2, 1), (2, 3, 1), reversed(TOKEN_TILES))
+        GemmShape(layout, epilogue, tile, groups, panels, 1, split=False)
+        for groups, tile in product((2, 3, 1), reversed(TOKEN_TILES))
         if groups < 3 or tile <= _MAX_TOKENS_OF_3_GROUPS
     ]
     return min(shapes, key=lambda shape: shape.waves(rows, num_tokens, num_sms) * _tile_cycles(shape, columns))

@@ -118,7 +118,7 @@ def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
 
 
 def _gemm_partials(limits: Limits) -> tuple[int, str]:
-    largest = GemmShape("tile16x512", 0, SPLIT_TOKENS, row_groups=2, stage_panels=2, cluster=2, split=True)
+    largest = GemmShape("tile16x512", 0, SPLIT_TOKENS, row_groups=2, stage_panels=2, cluster=1, split=True)
     return largest.partials_bytes(limits.num_sms), "clusters may share a tile"
 
 

@@ -26,7 +26,7 @@ from .sampling_state import THREADS as SAMPLING_THREADS
 i32, u32, f32 = np.int32, np.uint32, np.float32
 GetKernel = Callable[[Build, str], Kernel]
 
-ATTENTION_WARPS, ATTENTION_RING_SLOTS, ATTENTION_SLICE = 4, 3, 16
+ATTENTION_WARPS, ATTENTION_SLICE = 4, 16
 SPLIT_WORKERS = (1, 2, 4, 8, 16, 32)
 MIN_SPLIT_TOKENS = 256
 
@@ -315,7 +315,10 @@ class GpuProgram:
             self._places["attention_sums"], self._places["attention_stats"], i32(MAX_SPLITS), self._places["attention_arrived"],
         )  # fmt: skip
         grid = (workers, config.num_key_value_heads * -(-self.group // 16), batch)
-        shared = ATTENTION_WARPS * ATTENTION_RING_SLOTS * 2 * head_pitch(config.head_dim) // 64 * ATTENTION_SLICE * 128
+        panels = head_pitch(config.head_dim) // 64
+        slots = 3 if panels == 1 else 2  # so that two products fit beside it: see linear_shape
+        defines["RING_SLOTS"] = slots
+        shared = ATTENTION_WARPS * slots * 2 * panels * ATTENTION_SLICE * 128
         return self._launch("attention_decode", "attention_decode", defines, grid, (32 * ATTENTION_WARPS, 1, 1), args, shared)
 
     # ---- places ----------------------------------------------------------------------------------------------------

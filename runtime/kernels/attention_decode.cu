@@ -71,6 +71,13 @@ static_assert(ROWS * SUM_PITCH * 4 <= WARP_RING_BYTES, "a warp's sums fit its ri
 static_assert(RING_BYTES <= 227 << 10, "what a block can have");
 static_assert(2 * PANELS <= 32 && 2 * CHUNKS <= 64 && THREADS >= 64, "one lane a copy, one thread a chunk of the new token");
 
+// On sm_90 registers for the products before and after it, which start early, matter more than a few spilled words.
+#if __CUDA_ARCH__ == 900
+constexpr int RESIDENT_BLOCKS = HEAD_DIM <= 128 ? 3 : 1;
+#else
+constexpr int RESIDENT_BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
+#endif
+
 #if SINKS_F32
 typedef float Sink;
 #else
@@ -452,7 +459,7 @@ DEVICE void prepare_heads(u8* q_tile, Element* new_token, const float* row, cons
         *reinterpret_cast<uint4*>(q_tile + tile_offset(num_rows + i / CHUNKS, i % CHUNKS)) = make_uint4(0, 0, 0, 0);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM <= 128 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS)
 attention_decode(const float* qkv, int qkv_rows, const NormWeight* q_norm, const NormWeight* k_norm, float eps, float clip,
                  const float2* rope, const int* positions, const int* slots, const int* block_table, int max_pages,
                  Element* cache, int window, const Sink* sinks, Element* out, int out_pitch, float* partial_sums,
