@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from . import mxfp4, verify_worker
@@ -62,7 +63,8 @@ def verify_checksums(packed: PackedFile, jobs: int, progress: Progress = lambda 
 
 def _run_worker(packed: PackedFile, triples: NDArray[np.uint64], start: int, stop: int, progress: Progress) -> list[int]:
     """Numbers of the broken chunks among [start, stop)."""
-    command = [sys.executable, "-P", verify_worker.__file__, str(packed.fileno())]
+    installed = os.path.dirname(os.path.dirname(xxhash.__file__))
+    command = [sys.executable, "-I", "-S", verify_worker.__file__, str(packed.fileno()), installed]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=[packed.fileno()]) as worker:
         assert worker.stdin is not None
@@ -80,8 +82,7 @@ def _run_worker(packed: PackedFile, triples: NDArray[np.uint64], start: int, sto
                 progress(value)
         message = worker.stderr.read().decode(errors="replace").strip()
     if worker.returncode:
-        reason = "truncated while it was read" if worker.returncode == -signal.SIGBUS else printable(message)
-        raise FileError(f"{printable(packed.path)}: cannot be verified: {reason}")
+        raise FileError(f"{printable(packed.path)}: cannot be verified: {printable(message)}")
     return broken
 
 

@@ -92,6 +92,25 @@ def device_facts(cupy: Any) -> DeviceFacts:
     return DeviceFacts(name, arch, properties["multiProcessorCount"], properties["sharedMemPerMultiprocessor"])
 
 
+def planned_limits(
+    packed: PackedFile, facts: DeviceFacts, max_seq_len: int, max_sequences: int, max_prefill_tokens: int
+) -> Limits:
+    """What a backend of these sizes is planned for, its number of pages still open."""
+    seq_len = min(max_seq_len, packed.index.rope_positions)
+    uses_wgmma = can_use_wgmma(facts.arch, packed.index.config)
+    prefill_tokens = min(max_prefill_tokens, seq_len)
+    return Limits(max_sequences, seq_len, prefill_tokens, 0, facts.num_sms, facts.shared_limit, uses_wgmma)
+
+
+def kv_room(packed: PackedFile, max_seq_len: int, max_sequences: int, max_prefill_tokens: int) -> int:
+    """Bytes of device memory that weights and buffers leave for a KV cache."""
+    cupy = import_cupy()
+    limits = planned_limits(packed, device_facts(cupy), max_seq_len, max_sequences, max_prefill_tokens)
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    others = plan_arena(packed.index.config, FileSpan.of(packed.header), limits, None, 0).nbytes
+    return max(0, int(free) - _KEPT_BYTES - others)
+
+
 class CupyBackend:
     """Executes a program over sequences whose keys and values lie in pages of the arena."""
 
@@ -116,10 +135,7 @@ class CupyBackend:
         self._graphs: dict[tuple[int, int, bool], Any] = {}
         self._prefill_launches: dict[PrefillPass, list[Launch]] = {}
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
-        wanted = Limits(
-            max_sequences, self.max_seq_len, min(max_prefill_tokens, self.max_seq_len), 0, self.facts.num_sms,
-            self.facts.shared_limit, can_use_wgmma(self.facts.arch, self.config),
-        )  # fmt: skip
+        wanted = planned_limits(packed, self.facts, self.max_seq_len, max_sequences, max_prefill_tokens)
         self.plan = self._plan(packed, wanted, num_pages)
         self.limits = self.plan.limits
         self._load(packed, verify)

@@ -1,8 +1,8 @@
 """From the file to the arena: the image and the RoPE section, verbatim, by one of two ways.
 
 Mapped: the file is mapped, its pages are registered with the driver and copied from where they lie in the page cache.
-Ring: threads `pread` into pinned slots that are copied one after the other. For a file that is not in the page cache, is
-small, or whose pages the driver does not register.
+Ring: threads `pread` into pinned slots that are copied one after the other. The default, and what serves where the driver
+does not register pages.
 
 A file that another process truncates meanwhile must not kill this one by SIGBUS, which is what touching a mapped page
 beyond the end of a file does. So the CPU never touches the mapping:
@@ -40,7 +40,6 @@ from .arena import FileSpan
 from .copying import Copier
 from .pinned_ring import Progress, chunk_pieces, direct_descriptor, load_ring, slices
 
-MIN_MAPPED_BYTES = 64 << 20  # below it the ring is as fast
 _PIECE_BYTES = 256 << 20  # of the mapping, registered and copied at once
 _COLD_SAMPLES = 256
 _COLD_SHARE = 1 / 16  # of samples that are not in the page cache
@@ -49,15 +48,15 @@ _MADV_POPULATE_READ = 22  # of <linux/mman.h>, Linux 5.14; not in the mmap modul
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """`way` "auto" takes the mapping for a warm file. `direct`: the ring bypasses the page cache; None: for a cold file
-    that would fill more than half of the memory that is available, as others' pages are worth more then.
+    """`way` is "ring", by measurement the faster one (docs/performance.md), or "mapped". `direct`: the ring bypasses the page
+    cache; None: for a cold file that would fill more than half of the memory that is available, as others' pages are worth
+    more then.
     """
 
     verify: bool = False
-    way: str = "auto"  # or "mapped", "ring"
+    way: str = "ring"
     direct: bool | None = None
     threads: int = 8
-    min_mapped_bytes: int = MIN_MAPPED_BYTES
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,8 @@ def load(
     span = FileSpan.of(packed.header)
     _check_size(packed)
     is_cold = _is_cold(packed.fileno(), span)
-    suits_mapping = span.nbytes >= options.min_mapped_bytes and not is_cold
     rest, is_direct = [(span.offset, span.nbytes)], False
-    if options.way == "mapped" or (options.way == "auto" and suits_mapping):
+    if options.way == "mapped":
         with _verification(packed, options) as verified:
             rest = _load_mapped(packed, span, target, copier, options, progress)
             left = [piece for each in rest for piece in slices(*each)]

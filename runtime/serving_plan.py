@@ -45,6 +45,40 @@ class ServingPlan:
         }
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes of the weights, of a page, and of what a KV cache may take."""
+
+    weight_bytes: int
+    page_bytes: int
+    kv_room: int
+
+
+def _resolved(backend: str) -> str:
+    """ "auto" takes CuPy where CuPy and a device are there."""
+    if backend != "auto":
+        return backend
+    from .cupy_backend import has_device
+
+    return "cupy" if has_device() else "numpy"
+
+
+def _memory(packed: PackedFile, backend: str, max_seq_len: int, max_sequences: int, max_batch_tokens: int) -> _Memory:
+    index = packed.index
+    if backend == "echo":
+        return _Memory(0, 0, 0)
+    if backend == "cupy":
+        from .arena import FileSpan
+        from .cupy_backend import kv_room
+        from .gpu_buffers import page_bytes as gpu_page_bytes
+
+        room = kv_room(packed, max_seq_len, max_sequences, max_batch_tokens)
+        return _Memory(FileSpan.of(packed.header).nbytes, gpu_page_bytes(index.config), room)
+    weights = 4 * sum(blob.rows * blob.columns for blob in map(index.blob, range(len(index.blobs))))
+    room = int(_CACHE_SHARE * max(0, 2 * default_cache_bytes() - weights))
+    return _Memory(weights, page_bytes(index.config), room)
+
+
 def serving_plan(
     packed: PackedFile,
     backend: str,
@@ -62,16 +96,13 @@ def serving_plan(
         raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
     if max_batch_tokens <= max_sequences:
         raise RequestError(f"max_batch_tokens {max_batch_tokens}: must be more than the {max_sequences} sequences")
-    backend = "numpy" if backend == "auto" else backend
-    each = 0 if backend == "echo" else page_bytes(index.config)
-    elements = sum(blob.rows * blob.columns for blob in map(index.blob, range(len(index.blobs))))
-    weights = 0 if backend == "echo" else 4 * elements
+    backend = _resolved(backend)
+    memory = _memory(packed, backend, max_seq_len or limit, max_sequences, max_batch_tokens)
+    each, weights = memory.page_bytes, memory.weight_bytes
     full = max_sequences * -(-(max_seq_len or limit) // PAGE_SIZE)
     pages = min(full, _MOST_PAGES)
     if each:
-        free = 2 * default_cache_bytes()
-        room = kv_bytes if kv_bytes is not None else int(_CACHE_SHARE * max(0, free - weights))
-        pages = min(pages, room // each)
+        pages = min(pages, (memory.kv_room if kv_bytes is None else kv_bytes) // each)
     if pages < 1:
         raise RequestError(f"the KV cache has no room for one page of {each} bytes")
     seq_len = min(max_seq_len or limit, pages * PAGE_SIZE)

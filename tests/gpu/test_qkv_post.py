@@ -187,8 +187,8 @@ def test_not_a_number_stays(gpu: Any) -> None:
     row = stored_rows(heads, inputs)
     args = (
         gpu.array(row), np.int32(row.shape[1]), np.int32(1), np.int32(1), gpu.array(inputs.q_weight),
-        gpu.array(inputs.k_weight), np.float32(EPS), np.float32(2.0), gpu.array(inputs.rope), gpu.zeros((1,), np.int32), gpu.zeros((1,), np.int32),
-        gpu.zeros((1, 1), np.int32), np.int32(1), q, pool,
+        gpu.array(inputs.k_weight), np.float32(EPS), np.float32(2.0), gpu.array(inputs.rope), gpu.zeros((1,), np.int32),
+        gpu.zeros((1,), np.int32), gpu.zeros((1, 1), np.int32), np.int32(1), q, pool,
     )  # fmt: skip
     gpu.launch(gpu.compile("qkv_post", "qkv_post", **heads.defines), (1, 1, 1), (256, 1, 1), args)
     assert np.isnan(widen_bits(gpu.get(q), "BF16")).all()  # the norm spreads it over the head

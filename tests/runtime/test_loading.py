@@ -132,14 +132,10 @@ def test_what_cannot_be_registered_goes_through_the_ring(packed_llama: Path, ref
     assert target.is_clean
 
 
-def test_auto_chooses_by_size_and_residence(packed_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ring_is_the_default(packed_llama: Path) -> None:
     with PackedFile(packed_llama) as packed:
         target = device(packed)
-        assert load(packed, target.base, target).mapped_bytes == 0  # smaller than 64 MiB
-        options = LoadOptions(min_mapped_bytes=1)
-        assert load(packed, target.base, target, options).mapped_bytes == len(target.memory)
-        monkeypatch.setattr(loading, "_is_cold", lambda *_: True)
-        assert load(packed, target.base, target, options).mapped_bytes == 0
+        assert load(packed, target.base, target).mapped_bytes == 0
         assert target.memory == expected(packed)
 
 
