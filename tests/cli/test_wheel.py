@@ -80,7 +80,10 @@ def test_every_command_runs_outside_the_checkout(wheel: Path, tmp_path: Path) ->
         answer = json.loads(megalith("generate", "model.lith", *prompt, "--max-tokens", 3, "--ignore-eos", "--json"))
         assert (answer["prompt_ids"], len(answer["ids"])) == ([5, 9], 3)
     assert "max_seq_len" in megalith("serve", "model.lith", "--backend", "numpy", "--dry-run", "--json")
-    assert used == {"--help", *COMMANDS}
+    bench = [tmp_path / "env" / "bin" / "megalith", "bench", "model.lith"]
+    refused = subprocess.run(bench, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (refused.returncode, "needs CuPy" in refused.stderr) == (4, True)  # the wheel is installed without a GPU's packages
+    assert used | {"bench"} == {"--help", *COMMANDS}
     script = "import megalith; print(megalith.load('model.lith').logits([1, 2]).shape, megalith.__file__)"
     shape, place = output_of(python, "-c", script, folder=tmp_path).rsplit(maxsplit=1)
     assert shape == "(2, 131)"
