@@ -49,16 +49,20 @@ def verify_checksums(packed: PackedFile, jobs: int, progress: Progress = lambda 
 
     Raises FileError when the file cannot be read or is truncated meanwhile.
     """
-    chunks = [(extent, i) for extent in packed.extents for i in range(extent.num_chunks)]
-    triples = np.empty((len(chunks), 3), "<u8")
-    triples[:, 0] = [extent.offset + i * CHUNK_BYTES for extent, i in chunks]
-    triples[:, 1] = [min(CHUNK_BYTES, extent.nbytes - i * CHUNK_BYTES) for extent, i in chunks]
+    extents = list(packed.extents)
+    counts = np.array([extent.num_chunks for extent in extents], np.int64)
+    owner = np.repeat(np.arange(len(extents)), counts)  # number of the extent that each chunk is of
+    within = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * CHUNK_BYTES
+    triples = np.empty((len(owner), 3), "<u8")
+    triples[:, 0] = np.array([extent.offset for extent in extents], np.int64)[owner] + within
+    triples[:, 1] = np.minimum(CHUNK_BYTES, np.array([extent.nbytes for extent in extents], np.int64)[owner] - within)
     triples[:, 2] = packed.checksums
-    jobs = max(1, min(jobs, len(chunks) // _CHUNKS_PER_PROCESS))
+    jobs = max(1, min(jobs, len(owner) // _CHUNKS_PER_PROCESS))
     with ThreadPoolExecutor(jobs, thread_name_prefix="verify") as pool:
-        bounds = [len(chunks) * i // jobs for i in range(jobs + 1)]
+        bounds = [len(owner) * i // jobs for i in range(jobs + 1)]
         found = pool.map(lambda i: _run_worker(packed, triples, bounds[i], bounds[i + 1], progress), range(jobs))
-        return [_describe(packed, *chunks[number]) for numbers in found for number in numbers]
+        broken = [number for numbers in found for number in numbers]
+    return [_describe(packed, extents[owner[number]], int(within[number]) // CHUNK_BYTES) for number in broken]
 
 
 def _run_worker(packed: PackedFile, triples: NDArray[np.uint64], start: int, stop: int, progress: Progress) -> list[int]:

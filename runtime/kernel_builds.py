@@ -78,7 +78,9 @@ def _attention(arch: str) -> Iterator[Build]:
         heads: Defines = {"ELEMENT_BF16": 1, "HEAD_DIM": head_dim, "QK_NORM": norm, "NORM_F32": 0}
         yield Build.of("qkv_post", arch, **heads)
         more: Defines = {"GROUP": group, "HAS_SINKS": sinks, "ACTIVATION_TILED": 0, "ACTIVATION_LANE_COLUMNS": 8}
-        yield Build.of("attention_decode", arch, **heads, **more, EARLY_READS=1, SINKS_F32=0)
+        yield Build.of(
+            "attention_decode", arch, **heads, **more, EARLY_READS=1, SINKS_F32=0, RING_SLOTS=3 if head_dim <= 64 else 2
+        )
     output: Defines = {"ELEMENT_BF16": 1, "Y_TILED": 1, "Y_LANE_COLUMNS": 8, "SINKS_F32": 0}
     for head_dim in (64, 80, 128, 256):
         yield Build.of("attention_prefill", arch, HEAD_DIM=head_dim, **output)
