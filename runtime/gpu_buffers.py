@@ -134,12 +134,3 @@ def staging_bytes(config: ModelConfig, limits: Limits) -> int:
     per_sequence = 6 * 4 + 16 + 4 * -(-config.vocab_size // 32)  # a grammar's mask is a bit per token of the vocabulary
     fields = per_token * limits.max_tokens + per_sequence * limits.max_sequences + per_item * max_items(config, limits)
     return padded(fields + 16 * 16, ALIGNMENT)
-
-
-def place(buffers: list[Buffer], start: int) -> tuple[dict[str, int], int]:
-    """Offsets by name from `start` on, and the end."""
-    offsets, at = {}, padded(start, ALIGNMENT)
-    for buffer in buffers:
-        offsets[buffer.name] = at
-        at = padded(at + buffer.nbytes, ALIGNMENT)
-    return offsets, at

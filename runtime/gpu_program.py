@@ -18,7 +18,7 @@ from .compile import Build
 from .gemm_plan import gemm_shape
 from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, RING_STEPS, Limits, head_pitch, page_bytes, qkv_rows
 from .launch import Argument, Dim3, Kernel, Launch
-from .linear_plan import STEP_BYTES, THREADS, linear_shape
+from .linear_plan import THREADS, linear_shape
 from .program import Kind, Operation, build_program
 from .sampling_state import ARGUMENTS, row_pitch, sampling_grid
 from .sampling_state import THREADS as SAMPLING_THREADS
@@ -172,15 +172,12 @@ class GpuProgram:
     def _dense(self, op: Operation, count: int, tiled: bool) -> Launch:
         config = self.config
         if op.kind is Kind.PROJECT:
-            source = "a" if self._blobs[op.weight].columns >= config.q_rows and self._is_attention_output(op) else "inner"
+            source = "a" if self._names[op.weight].endswith(".o_proj") else "inner"
             return self._product(op, count, 1, source, "x", config.hidden_size, tiled, config.hidden_size)
         if op.kind is Kind.GATE_UP:
             return self._product(op, count, 2, "h", "inner", 0, tiled, config.intermediate_size)
         assert op.kind is Kind.HEAD
         return self._product(op, count, 0, "h", "logits", self.logits_pitch, tiled, config.vocab_size)
-
-    def _is_attention_output(self, op: Operation) -> bool:
-        return self._names[op.weight].endswith(".o_proj")
 
     def _embed(self, op: Operation, count: int, ids: int, slots: int) -> Launch:
         config = self.config
@@ -363,6 +360,3 @@ def can_use_wgmma(arch: str, config: ModelConfig) -> bool:
 def split_workers(longest: int) -> int:
     """Blocks that share the context of the longest sequence of a batch: a power of two."""
     return next(count for count in SPLIT_WORKERS if count * MIN_SPLIT_TOKENS >= longest or count == MAX_SPLITS)
-
-
-assert set(STEP_BYTES) == {"tile16x512", "mxfp4"}

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megalith.converter.convert import convert
 from megalith.converter.plan import Options
 
@@ -36,3 +38,15 @@ class GoldenModel:
         target = folder / f"{self.name}.lith"
         convert(self.folder, target, options, force=True)
         return target
+
+    def id_sets(self) -> list[dict[str, np.ndarray]]:
+        """The inputs of golden.npz, each with its positions and transformers' FP32 and 16-bit logits there."""
+        arrays = np.load(self.folder / "golden.npz")
+        suffixes = [name.removeprefix("ids") for name in arrays.files if name.startswith("ids")]
+        keys = ("ids", "positions", "logits_fp32", "logits_bf16")
+        return [{key: arrays[key + suffix] for key in keys} for suffix in suffixes]
+
+
+def relative_error(found: np.ndarray, reference: np.ndarray) -> float:
+    """Of the whole array, by its norm."""
+    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))

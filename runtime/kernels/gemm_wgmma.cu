@@ -28,6 +28,7 @@
 #define WGMMA_N TILE_TOKENS
 #include "activation.cuh"
 #include "codec.cuh"
+#include "epilogue.cuh"
 
 constexpr int GROUP_THREADS = 128;
 constexpr int CONSUMER_WARPS = 4 * ROW_GROUPS;  // one row block each
@@ -318,15 +319,6 @@ struct Exchange {
 
 // ---- epilogues ------------------------------------------------------------------------------------------------------
 
-DEVICE float bias_of(const void* bias, int row) {
-    if (bias == nullptr) return 0.0f;
-#if BIAS_F32
-    return static_cast<const float*>(bias)[row];
-#else
-    return to_float(static_cast<const Element*>(bias)[row]);
-#endif
-}
-
 struct Output {
     void* y;
     int pitch, columns, num_tokens;
@@ -337,15 +329,6 @@ struct Output {
 };
 
 #if EPILOGUE == 2
-DEVICE float activation(float gate, float up, float limit) {
-    if (limit > 0.0f) {  // gpt-oss
-        gate = fminf(gate, limit);
-        up = fminf(fmaxf(up, -limit), limit) + 1.0f;
-        return gate / (1.0f + __expf(-1.702f * gate)) * up;
-    }
-    return gate / (1.0f + __expf(-gate)) * up;
-}
-
 // Word of a pair of columns (of the warpgroup's 32) in the staging buffer: for LANE_COLUMNS 8 as they lie in the output.
 DEVICE int staging_word(int column) { return (Y_LANE_COLUMNS == 8 ? fragment_order<8>(column) : column) / 2; }
 

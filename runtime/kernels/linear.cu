@@ -23,6 +23,7 @@
 // start of their ranges, so their sums are in `partials` long before the owner reaches its end and asks for them.
 #include "activation.cuh"
 #include "codec.cuh"
+#include "epilogue.cuh"
 
 #ifndef TOKEN_TILES
 #define TOKEN_TILES 1
@@ -96,26 +97,6 @@ DEVICE bool find_chunk(Cursor& cursor, const Range& range, u32 last_row_block, i
         cursor.enter(range, steps, warp);
     }
     return true;
-}
-
-#if EPILOGUE == 2
-DEVICE float activation(float gate, float up, float limit) {
-    if (limit > 0.0f) {  // gpt-oss
-        gate = fminf(gate, limit);
-        up = fminf(fmaxf(up, -limit), limit) + 1.0f;
-        return gate / (1.0f + __expf(-1.702f * gate)) * up;
-    }
-    return gate / (1.0f + __expf(-gate)) * up;
-}
-#endif
-
-DEVICE float bias_of(const void* bias, u32 row) {
-    if (bias == nullptr) return 0.0f;
-#if BIAS_F32
-    return static_cast<const float*>(bias)[row];
-#else
-    return to_float(static_cast<const Element*>(bias)[row]);
-#endif
 }
 
 struct Output {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_models import CASES, GoldenModel
+from golden_models import CASES, GoldenModel, relative_error
 
 import megalith
 from megalith.converter.plan import Options
@@ -22,17 +22,6 @@ DENSE = [case for case in CASES if GoldenModel(case).folder.parent.name == "mode
 MARGIN = 1.05  # errors of two roundings of one model are close where the model adds little to them
 
 
-def relative_error(found: np.ndarray, reference: np.ndarray) -> float:
-    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
-
-
-def id_sets(model: GoldenModel) -> list[dict[str, np.ndarray]]:
-    arrays = np.load(model.folder / "golden.npz")
-    suffixes = [name.removeprefix("ids") for name in arrays.files if name.startswith("ids")]
-    keys = ("ids", "positions", "logits_fp32", "logits_bf16")
-    return [{key: arrays[key + suffix] for key in keys} for suffix in suffixes]
-
-
 def load(model: GoldenModel, folder: Path, most_tokens: int) -> Engine:
     declared = model.config["max_position_embeddings"]
     assert isinstance(declared, int)
@@ -41,7 +30,7 @@ def load(model: GoldenModel, folder: Path, most_tokens: int) -> Engine:
 
 @pytest.mark.parametrize("golden", DENSE, indirect=True)
 def test_logits_match_transformers(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
-    sets = id_sets(golden)
+    sets = golden.id_sets()
     engine = load(golden, tmp_path, max(len(ids["ids"]) for ids in sets))
     for ids in sets:
         found = engine.logits(ids["ids"])[ids["positions"]]
@@ -53,7 +42,7 @@ def test_logits_match_transformers(gpu: Any, golden: GoldenModel, tmp_path: Path
 
 @pytest.mark.parametrize("golden", ["llama2", "mistral_window", "qwen3", "qwen2", "llama_mqa", "qwen3_tied_mqa"], indirect=True)
 def test_decoding_token_by_token_matches_too(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
-    ids = id_sets(golden)[0]
+    ids = golden.id_sets()[0]
     engine = load(golden, tmp_path, len(ids["ids"]))
     cache = engine.backend.new_cache()
     rows = [engine.backend.forward(ids["ids"][i : i + 1], cache, i + 1, True)[0] for i in range(len(ids["ids"]))]
@@ -66,7 +55,7 @@ def test_decoding_token_by_token_matches_too(gpu: Any, golden: GoldenModel, tmp_
 @pytest.mark.parametrize("golden", ["llama2", "qwen3"], indirect=True)
 def test_generation_follows_the_logits(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
     engine = load(golden, tmp_path, 256)
-    prompt = id_sets(golden)[0]["ids"][:21].tolist()
+    prompt = golden.id_sets()[0]["ids"][:21].tolist()
     found = [token.id for token in engine.generate_tokens(prompt, max_tokens=80, ignore_eos=True)]
     cache = engine.backend.new_cache()
     logits = engine.backend.forward(np.array(prompt), cache, len(prompt), True)

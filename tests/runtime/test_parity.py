@@ -6,29 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_models import CASES, GoldenModel
+from golden_models import CASES, GoldenModel, relative_error
 
 import megalith
 from megalith.converter.plan import Options
-from megalith.format.rope import F32
 from megalith.runtime.engine import Engine
 
 LONG = 8192
 
 
-def relative_error(found: F32, reference: F32) -> float:
-    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
-
-
-def id_sets(model: GoldenModel) -> list[dict[str, np.ndarray]]:
-    arrays = np.load(model.folder / "golden.npz")
-    suffixes = [name.removeprefix("ids") for name in arrays.files if name.startswith("ids")]
-    keys = ("ids", "positions", "logits_fp32", "logits_bf16")
-    return [{key: arrays[key + suffix] for key in keys} for suffix in suffixes]
-
-
 def load(model: GoldenModel, folder: Path, **options: int) -> Engine:
-    longest = max(len(ids["ids"]) for ids in id_sets(model))
+    longest = max(len(ids["ids"]) for ids in model.id_sets())
     declared = model.config["max_position_embeddings"]
     assert isinstance(declared, int)
     packed = model.pack(folder, Options(max_seq_len=max(longest, declared)))
@@ -38,7 +26,7 @@ def load(model: GoldenModel, folder: Path, **options: int) -> Engine:
 @pytest.mark.parametrize("golden", CASES, indirect=True)
 def test_logits_match_transformers(golden: GoldenModel, tmp_path: Path) -> None:
     engine = load(golden, tmp_path)
-    for ids in id_sets(golden):
+    for ids in golden.id_sets():
         logits = engine.logits(ids["ids"])
         assert logits.dtype == np.float32
         assert logits.shape == (len(ids["ids"]), engine.config.vocab_size)
@@ -51,14 +39,14 @@ def test_logits_match_transformers(golden: GoldenModel, tmp_path: Path) -> None:
 
 
 def test_every_kind_of_rope_is_tested_beyond_8192_positions() -> None:
-    long = {case for case in CASES if any(len(ids["ids"]) > LONG for ids in id_sets(GoldenModel(case)))}
+    long = {case for case in CASES if any(len(ids["ids"]) > LONG for ids in GoldenModel(case).id_sets())}
     assert long >= {"llama3_rope", "llama_linear", "llama_dynamic", "llama_yarn"}
 
 
 @pytest.mark.parametrize("golden", ["llama2", "mistral_window", "qwen3", "llama_mqa"], indirect=True)
 def test_decoding_token_by_token_equals_prefill(golden: GoldenModel, tmp_path: Path) -> None:
     engine = load(golden, tmp_path)
-    ids = id_sets(golden)[0]["ids"]
+    ids = golden.id_sets()[0]["ids"]
     whole = engine.logits(ids)
     cache = engine.backend.new_cache()
     one_by_one = [engine.backend.forward(ids[i : i + 1], cache, i + 1, True)[0] for i in range(len(ids))]
@@ -67,7 +55,7 @@ def test_decoding_token_by_token_equals_prefill(golden: GoldenModel, tmp_path: P
 
 @pytest.mark.parametrize("golden", ["llama_bias", "qwen3", "llama_fp16"], indirect=True)
 def test_decoding_tiles_at_every_use_gives_the_same_logits(golden: GoldenModel, tmp_path: Path) -> None:
-    ids = id_sets(golden)[0]["ids"]
+    ids = golden.id_sets()[0]["ids"]
     cached = load(golden, tmp_path)
     engine = Engine(tmp_path / f"{golden.name}.lith", cache_bytes=0)
     assert cached.backend.weights.is_cached
@@ -79,7 +67,7 @@ def test_decoding_tiles_at_every_use_gives_the_same_logits(golden: GoldenModel, 
 @pytest.mark.parametrize(("dtype", "bound"), [("bf16", 1e-5), ("fp16", 1e-3)])
 def test_a_chosen_dtype(golden: GoldenModel, tmp_path: Path, dtype: str, bound: float) -> None:
     packed = golden.pack(tmp_path, Options(dtype=dtype, max_seq_len=64))
-    ids = id_sets(golden)[0]
+    ids = golden.id_sets()[0]
     logits = megalith.load(packed).logits(ids["ids"])[ids["positions"]]
     assert relative_error(logits, ids["logits_fp32"]) < bound
 
