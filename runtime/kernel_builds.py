@@ -26,9 +26,10 @@ def builds(arch: str) -> list[Build]:
 
 def _linear(arch: str) -> Iterator[Build]:
     for element, mxfp4, epilogue, tiles, chunks in (
-        ("ELEMENT_BF16", 0, 0, 1, 3),
+        ("ELEMENT_BF16", 0, 0, 1, 2),
         ("ELEMENT_BF16", 0, 2, 4, 2),
-        ("ELEMENT_F16", 0, 1, 2, 3),
+        ("ELEMENT_F16", 0, 1, 2, 2),
+        ("ELEMENT_BF16", 1, 0, 1, 2),
         ("ELEMENT_BF16", 1, 2, 2, 2),
         ("ELEMENT_BF16", 1, 2, 4, 2),
     ):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WARPS = 8
+from megalith.format.tiles import padded
+
+WARPS = 7  # that stream; one more finishes
 CHUNK_STEPS = 4
 STEP_BYTES = {"tile16x512": 1024, "mxfp4": 1088}
-THREADS = 32 * WARPS
+THREADS = 32 * (WARPS + 1)
 _TOKENS_PER_TILE = 8
+_RESERVED_BYTES = 1024  # that the driver adds to a block's shared memory
 _FRAGMENT_BYTES = 32 * 16  # one token tile's sums of one row block
 
 
@@ -19,6 +22,7 @@ class LinearShape:
     layout: str
     token_tiles: int
     ring_chunks: int
+    least_shared_bytes: int = 0  # what a block takes of a multiprocessor even if it needs less
 
     @property
     def tokens(self) -> int:
@@ -26,10 +30,15 @@ class LinearShape:
         return _TOKENS_PER_TILE * self.token_tiles
 
     @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: rings, two sets of partial sums, one barrier per ring slot."""
+    def needed_bytes(self) -> int:
+        """Shared memory that the kernel uses: rings, a set of sums, one barrier per ring slot and two for the sums."""
         slots = WARPS * self.ring_chunks
-        return slots * CHUNK_STEPS * STEP_BYTES[self.layout] + 2 * WARPS * self.token_tiles * _FRAGMENT_BYTES + 8 * slots
+        return slots * CHUNK_STEPS * STEP_BYTES[self.layout] + WARPS * self.token_tiles * _FRAGMENT_BYTES + 8 * (slots + 2)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a launch."""
+        return max(self.needed_bytes, self.least_shared_bytes)
 
     def grid(self, num_sms: int, num_tokens: int) -> tuple[int, int, int]:
         """One block per multiprocessor for every `tokens` tokens."""
@@ -42,11 +51,13 @@ class LinearShape:
 
 
 def linear_shape(layout: str, num_tokens: int, shared_limit: int) -> LinearShape:
-    """The build for a number of tokens.
+    """The build for a number of tokens on a multiprocessor with `shared_limit` bytes of shared memory.
 
-    Rings of two chunks stream as fast as deeper ones, and leave a multiprocessor room for the next product and the attention
-    between them: a kernel that does not fit beside those before it starts unevenly, two blocks on one multiprocessor.
+    A block takes a little more than a third of that, so that two products are resident, the one that runs and the next, whose
+    first weights are then on their way, and the attention between them, but no third product: one that starts
+    two kernels early takes the place of an attention or a product that is needed before it, on some multiprocessors and not on others.
     """
     tiles = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
-    shape = LinearShape(layout, tiles, 2)
-    return shape if shape.shared_bytes + 1024 <= shared_limit else LinearShape(layout, tiles, 1)
+    least = padded(shared_limit // 3 - _RESERVED_BYTES + 1, 128)
+    shape = LinearShape(layout, tiles, 2, least)
+    return shape if shape.shared_bytes + _RESERVED_BYTES <= shared_limit else LinearShape(layout, tiles, 1, least)

@@ -71,12 +71,8 @@ static_assert(ROWS * SUM_PITCH * 4 <= WARP_RING_BYTES, "a warp's sums fit its ri
 static_assert(RING_BYTES <= 227 << 10, "what a block can have");
 static_assert(2 * PANELS <= 32 && 2 * CHUNKS <= 64 && THREADS >= 64, "one lane a copy, one thread a chunk of the new token");
 
-// On sm_90 registers for the products before and after it, which start early, matter more than a few spilled words.
-#if __CUDA_ARCH__ == 900
-constexpr int RESIDENT_BLOCKS = HEAD_DIM <= 128 ? 3 : 1;
-#else
+// Two: with a product no second attention fits a multiprocessor, with two products one does (see runtime/linear_plan.py).
 constexpr int RESIDENT_BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
-#endif
 
 #if SINKS_F32
 typedef float Sink;
@@ -432,27 +428,50 @@ DEVICE void combine_splits(const Partials& partials, const Output& output, float
     }
 }
 
+// What of the new token's heads does not depend on the projection.
+struct HeadConstants {
+    HeadPairs q_norm, k_norm;
+    Rotation rotation;
+};
+
 // The new token's heads: q to a swizzled tile of 16 rows, those from num_rows on zero; with_new_token: k and v, E [2][PADDED_DIM].
 DEVICE void prepare_heads(u8* q_tile, Element* new_token, const float* row, const NormWeight* q_norm, const NormWeight* k_norm,
-                          float eps, float clip, const float2* rotation, float2 inverse_rms, int first_head, int num_rows,
+                          const HeadConstants& constants, float eps, float clip, float2 inverse_rms, int first_head, int num_rows,
                           int head, int num_kv_heads, bool with_new_token) {
+    constexpr int MOST = (ROWS + 2 + WARPS - 1) / WARPS;  // heads of a warp: all are loaded before the first is used
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int k_base = round_up_16(num_kv_heads * QUERY_GROUP * HEAD_DIM), v_base = k_base + round_up_16(num_kv_heads * HEAD_DIM);
-    auto norm_of = [](const NormWeight* weight, int h) { return QK_NORM == 2 ? weight + h * HEAD_DIM : weight; };
-    for (int i = warp; i < num_rows + (with_new_token ? 2 : 0); i += WARPS) {
+    const int count = num_rows + (with_new_token ? 2 : 0);
+    HeadPairs heads[MOST];
+#pragma unroll
+    for (int j = 0; j < MOST; ++j) {
+        const int i = warp + j * WARPS;
+        if (i >= count) break;
+        heads[j] = i < num_rows    ? load_pairs<ROPE_ORDER>(row + (first_head + i) * HEAD_DIM, lane)
+                   : i == num_rows ? load_pairs<ROPE_ORDER>(row + k_base + head * HEAD_DIM, lane)
+                                   : load_pairs<false>(row + v_base + head * HEAD_DIM, lane);
+    }
+#pragma unroll
+    for (int j = 0; j < MOST; ++j) {
+        const int i = warp + j * WARPS;
+        if (i >= count) break;
+        HeadPairs& x = heads[j];
         if (i < num_rows) {
-            const int h = first_head + i;
-            const HeadPairs x = rotated_head(row + h * HEAD_DIM, norm_of(q_norm, h), inverse_rms.x, eps, clip, rotation, lane);
+            const HeadPairs weights = QK_NORM == 2 ? load_weights(q_norm + (first_head + i) * HEAD_DIM, lane) : constants.q_norm;
+            rotate_head(x, weights, inverse_rms.x, eps, clip, constants.rotation);
             put_head(x, lane, [&](int column, Element value) {
                 *reinterpret_cast<Element*>(q_tile + tile_offset(i, column / 8) + column % 8 * 2) = value;
             });
-        } else if (i == num_rows) {
-            const float* source = row + k_base + head * HEAD_DIM;
-            const HeadPairs x = rotated_head(source, norm_of(k_norm, head), inverse_rms.y, eps, clip, rotation, lane);
-            put_head(x, lane, [&](int column, Element value) { new_token[column] = value; });
         } else {
-            const HeadPairs x = value_head(row + v_base + head * HEAD_DIM, clip, lane);
-            put_head(x, lane, [&](int column, Element value) { new_token[PADDED_DIM + column] = value; });
+            const bool is_key = i == num_rows;
+            if (is_key) {
+                const HeadPairs weights = QK_NORM == 2 ? load_weights(k_norm + head * HEAD_DIM, lane) : constants.k_norm;
+                rotate_head(x, weights, inverse_rms.y, eps, clip, constants.rotation);
+            } else {
+                clamp_pairs(x, clip);
+            }
+            Element* target = new_token + (is_key ? 0 : PADDED_DIM);
+            put_head(x, lane, [&](int column, Element value) { target[column] = value; });
         }
     }
     for (int i = threadIdx.x; i < (16 - num_rows) * CHUNKS; i += THREADS)
@@ -501,6 +520,10 @@ attention_decode(const float* qkv, int qkv_rows, const NormWeight* q_norm, const
     __syncwarp();
 #endif
     fill_ring(ring, sequence, blockIdx.x, warp);
+    const bool has_new_token = (sequence.num_splits - 1) % gridDim.x == blockIdx.x;  // takes the split of the last position
+    const int new_page = has_new_token ? __ldcg(pages + position / PAGE) : 0;
+    const HeadConstants constants = {load_weights(q_norm, lane), load_weights(k_norm, lane),
+                                     Rotation(rope + static_cast<u64>(position) * HALF, lane)};
 #if EARLY_READS
     wait_for_previous();
 #endif
@@ -510,13 +533,12 @@ attention_decode(const float* qkv, int qkv_rows, const NormWeight* q_norm, const
     __shared__ float2 scratch[WARPS];
     inverse_rms = full_inverse_rms<WARPS>(row, num_kv_heads * QUERY_GROUP * HEAD_DIM, num_kv_heads * HEAD_DIM, eps, scratch);
 #endif
-    const bool has_new_token = (sequence.num_splits - 1) % gridDim.x == blockIdx.x;  // takes the split of the last position
-    prepare_heads(q_tile, new_token, row, q_norm, k_norm, eps, clip, rope + static_cast<u64>(position) * HALF, inverse_rms,
-                  first_head, num_rows, head, num_kv_heads, has_new_token);
+    prepare_heads(q_tile, new_token, row, q_norm, k_norm, constants, eps, clip, inverse_rms, first_head, num_rows, head,
+                  num_kv_heads, has_new_token);
     __syncthreads();
     if (has_new_token && row_block == 0 && threadIdx.x < 2 * CHUNKS) {
         const int part = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        const u64 place = cache_offset(__ldcg(pages + position / PAGE), part, num_kv_heads, head, position % PAGE, chunk);
+        const u64 place = cache_offset(new_page, part, num_kv_heads, head, position % PAGE, chunk);
         *reinterpret_cast<uint4*>(cache + place) = *reinterpret_cast<const uint4*>(new_token + part * PADDED_DIM + 8 * chunk);
     }
     if (blockIdx.x == 0 && blockIdx.y == gridDim.y - 1) output.store_padding();

@@ -115,30 +115,39 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int PENDING>
 DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory"); }
 
-// ---- bulk copies and mbarriers (sm_90 up) -----------------------------------------------------------------------------
+// ---- mbarriers ----------------------------------------------------------------------------------------------------------
 
-#if __CUDA_ARCH__ >= 900
 DEVICE void mbarrier_init(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
 }
-
-// Makes initialised barriers visible to the copy engine.
-DEVICE void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 DEVICE void mbarrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-
-DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" :: "r"(barrier) : "memory");
 }
 
 // Returns once the phase of this parity is complete.
 DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
+#if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n.reg .pred done;\n"
         "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}"
         :: "r"(barrier), "r"(parity) : "memory");
+#else
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT:\nmbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}"
+        :: "r"(barrier), "r"(parity) : "memory");
+#endif
+}
+
+// ---- bulk copies (sm_90 up) ---------------------------------------------------------------------------------------------
+
+#if __CUDA_ARCH__ >= 900
+// Makes initialised barriers visible to the copy engine.
+DEVICE void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
 }
 
 // bytes and both addresses are multiples of 16; completes on the barrier.

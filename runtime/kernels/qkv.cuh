@@ -76,48 +76,55 @@ DEVICE float mean_square(const HeadPairs& x) {
     return warp_sum(sum) * (1.0f / HEAD_DIM);
 }
 
-DEVICE void normalise_pairs(HeadPairs& x, float inverse_rms, const NormWeight* weight, int lane) {
+// A head's norm weights, as HeadPairs has its columns.
+DEVICE HeadPairs load_weights(const NormWeight* weight, int lane) {
+    HeadPairs w;
 #pragma unroll
     for (int j = 0; j < PAIRS; ++j) {
         const int i = lane + 32 * j;
-        if (i >= HALF) continue;
-        x.low[j] *= inverse_rms * to_float(weight[i]);
-        x.high[j] *= inverse_rms * to_float(weight[i + HALF]);
+        w.low[j] = QK_NORM != 0 && i < HALF ? to_float(weight[i]) : 0.0f;
+        w.high[j] = QK_NORM != 0 && i < HALF ? to_float(weight[i + HALF]) : 0.0f;
     }
+    return w;
 }
 
-// (a cos - b sin, b cos + a sin); rotation: float2 [HALF], cos and sin at the token's position.
-DEVICE void rotate_pairs(HeadPairs& x, const float2* rotation, int lane) {
+DEVICE void normalise_pairs(HeadPairs& x, float inverse_rms, const HeadPairs& weights) {
+#pragma unroll
+    for (int j = 0; j < PAIRS; ++j) x.low[j] *= inverse_rms * weights.low[j], x.high[j] *= inverse_rms * weights.high[j];
+}
+
+// Cosines and sines of a position, for the columns that HeadPairs has.
+struct Rotation {
+    float2 of[PAIRS];
+
+    // row: float2 [HALF], cos and sin.
+    MEMBER Rotation(const float2* row, int lane) {
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j) of[j] = lane + 32 * j < HALF ? row[lane + 32 * j] : make_float2(0.0f, 0.0f);
+    }
+};
+
+// (a cos - b sin, b cos + a sin).
+DEVICE void rotate_pairs(HeadPairs& x, const Rotation& rotation) {
 #pragma unroll
     for (int j = 0; j < PAIRS; ++j) {
-        const int i = lane + 32 * j;
-        if (i >= HALF) continue;
-        const float2 r = rotation[i];
+        const float2 r = rotation.of[j];
         const float a = x.low[j], b = x.high[j];
         x.low[j] = a * r.x - b * r.y;
         x.high[j] = b * r.x + a * r.y;
     }
 }
 
-// A head of q or k; weight is this head's [HEAD_DIM], inverse_rms is used by the "full" norm.
-DEVICE HeadPairs rotated_head(const float* source, const NormWeight* weight, float inverse_rms, float eps, float clip,
-                              const float2* rotation, int lane) {
-    HeadPairs x = load_pairs<ROPE_ORDER>(source, lane);
+// Clamp, norm and RoPE of a head of q or k; inverse_rms is used by the "full" norm.
+DEVICE void rotate_head(HeadPairs& x, const HeadPairs& weights, float inverse_rms, float eps, float clip, const Rotation& rotation) {
 #if QK_NORM == 2
-    normalise_pairs(x, inverse_rms, weight, lane);
+    normalise_pairs(x, inverse_rms, weights);
 #endif
     clamp_pairs(x, clip);
 #if QK_NORM == 1
-    normalise_pairs(x, rsqrtf(mean_square(x) + eps), weight, lane);
+    normalise_pairs(x, rsqrtf(mean_square(x) + eps), weights);
 #endif
-    rotate_pairs(x, rotation, lane);
-    return x;
-}
-
-DEVICE HeadPairs value_head(const float* source, float clip, int lane) {
-    HeadPairs x = load_pairs<false>(source, lane);
-    clamp_pairs(x, clip);
-    return x;
+    rotate_pairs(x, rotation);
 }
 
 // put(column, element) for every column of the padded head.

@@ -29,23 +29,33 @@ qkv_post(const float* qkv, int qkv_rows, int num_heads, int num_kv_heads, const 
     const int k_base = round_up_16(num_heads * HEAD_DIM), v_base = k_base + round_up_16(num_kv_heads * HEAD_DIM);
     const int position = positions[token];
     const int page = block_table[static_cast<u64>(slots[token]) * max_pages + position / PAGE];
-    const float2* rotation = rope + static_cast<u64>(position) * HALF;
+    const Rotation rotation(rope + static_cast<u64>(position) * HALF, lane);
+    const HeadPairs q_weights = load_weights(q_norm, lane), k_weights = load_weights(k_norm, lane);
     float2 inverse_rms = make_float2(0.0f, 0.0f);
 #if QK_NORM == 2
     __shared__ float2 scratch[WARPS];
     inverse_rms = full_inverse_rms<WARPS>(row, num_heads * HEAD_DIM, num_kv_heads * HEAD_DIM, eps, scratch);
 #endif
-    for (int i = blockIdx.y * WARPS + warp; i < num_heads + 2 * num_kv_heads; i += gridDim.y * WARPS) {
+    const int num_heads_in_row = num_heads + 2 * num_kv_heads, stride = gridDim.y * WARPS;
+    auto load = [&](int i) {
+        if (i < num_heads) return load_pairs<ROPE_ORDER>(row + i * HEAD_DIM, lane);
+        if (i < num_heads + num_kv_heads) return load_pairs<ROPE_ORDER>(row + k_base + (i - num_heads) * HEAD_DIM, lane);
+        if (i < num_heads_in_row) return load_pairs<false>(row + v_base + (i - num_heads - num_kv_heads) * HEAD_DIM, lane);
+        return HeadPairs();
+    };
+    int i = blockIdx.y * WARPS + warp;
+    for (HeadPairs next = load(i); i < num_heads_in_row; i += stride) {
+        HeadPairs x = next;
+        next = load(i + stride);  // while this one is worked on
         const bool is_query = i < num_heads, is_value = i >= num_heads + num_kv_heads;
         const int head = is_query ? i : is_value ? i - num_heads - num_kv_heads : i - num_heads;
-        const int norm_offset = QK_NORM == 2 ? head * HEAD_DIM : 0;
-        HeadPairs x;
-        if (is_value)
-            x = value_head(row + v_base + head * HEAD_DIM, clip, lane);
-        else if (is_query)
-            x = rotated_head(row + head * HEAD_DIM, q_norm + norm_offset, inverse_rms.x, eps, clip, rotation, lane);
-        else
-            x = rotated_head(row + k_base + head * HEAD_DIM, k_norm + norm_offset, inverse_rms.y, eps, clip, rotation, lane);
+        if (is_value) {
+            clamp_pairs(x, clip);
+        } else {
+            HeadPairs weights = is_query ? q_weights : k_weights;
+            if (QK_NORM == 2) weights = load_weights((is_query ? q_norm : k_norm) + head * HEAD_DIM, lane);
+            rotate_head(x, weights, is_query ? inverse_rms.x : inverse_rms.y, eps, clip, rotation);
+        }
         put_head(x, lane, [&](int column, Element value) { staged[warp][column] = value; });
         __syncwarp();
         if (lane < CHUNKS) {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kernel_inputs import Matrix, as_bits, matrix, rows_activation, swiglu, widen_bits
 
-from megalith.runtime.linear_plan import LinearShape
+from megalith.runtime.linear_plan import THREADS, LinearShape
 
 pytestmark = pytest.mark.gpu
 
@@ -38,11 +38,11 @@ def run(
         packed, np.uint32(weights.row_blocks), np.int32(weights.steps), activations, np.int32(pitch), np.int32(len(x)), target,
         np.int32(y.shape[1]), np.int32(columns), device_bias, np.float32(limit), partials, flags,
     )  # fmt: skip
-    gpu.launch(kernel, grid, (256, 1, 1), args, shared_bytes=shape.shared_bytes)
+    gpu.launch(kernel, grid, (THREADS, 1, 1), args, shared_bytes=shape.shared_bytes)
     first: np.ndarray = gpu.get(target)
     assert not gpu.get(flags).any()
     again = gpu.array(y)
-    gpu.launch(kernel, grid, (256, 1, 1), (*args[:6], again, *args[7:]), shared_bytes=shape.shared_bytes)
+    gpu.launch(kernel, grid, (THREADS, 1, 1), (*args[:6], again, *args[7:]), shared_bytes=shape.shared_bytes)
     np.testing.assert_array_equal(gpu.get(again).view(np.uint8), first.view(np.uint8))
     return first
 

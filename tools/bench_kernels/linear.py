@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megalith.runtime.linear_plan import LinearShape, linear_shape
+from megalith.runtime.linear_plan import THREADS, LinearShape, linear_shape
 
 MODELS = {  # layers, (matrix, rows, columns) of a layer, head
     "qwen3-4b": (
@@ -48,7 +48,7 @@ class _Products:
             weights, np.uint32(rows // 16), np.int32(columns // 32), self._x, np.int32(self._pitch), np.int32(self.tokens),
             self._y, np.int32(self._rows), np.int32(rows), 0, np.float32(0), self._partials, self._flags,
         )  # fmt: skip
-        self._gpu.launch(self._kernel, self._grid, (256, 1, 1), args, shared_bytes=self.shape.shared_bytes)
+        self._gpu.launch(self._kernel, self._grid, (THREADS, 1, 1), args, shared_bytes=self.shape.shared_bytes)
 
 
 def _random_weights(gpu: Any, nbytes: int) -> Any:
