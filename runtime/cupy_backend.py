@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +18,15 @@ from megalith.format.reader import PackedFile
 from megalith.format.rope import F32, table_offset
 
 from .arena import ArenaPlan, FileSpan, plan_arena
-from .compile import Build, compiled
 from .copying import CudaCopier
 from .executor import SequenceStep, Ticket
 from .gpu_buffers import PAGE_TOKENS, Limits
-from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma, split_workers
+from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma, reachable_workers, split_workers
 from .gpu_staging import PinnedCopies, Staging
-from .launch import Kernel, Launch, Module
+from .launch import Launch
+from .loaded_kernels import LoadedKernels, Wanted
 from .loading import LoadOptions, load, terminal_progress
+from .needed_kernels import KernelNeeds, batch_bucket, batch_buckets
 from .sampler import SamplingParameters
 
 if TYPE_CHECKING:
@@ -111,8 +115,20 @@ def kv_room(packed: PackedFile, max_seq_len: int, max_sequences: int, max_prefil
     return max(0, int(free) - _KEPT_BYTES - others)
 
 
+@dataclass(frozen=True)
+class WarmUp:
+    """What `CupyBackend.warm_up` made, and what the driver took for it."""
+
+    graphs: int
+    seconds: float
+    device_bytes: int
+
+
 class CupyBackend:
-    """Executes a program over sequences whose keys and values lie in pages of the arena."""
+    """Executes a program over sequences whose keys and values lie in pages of the arena.
+
+    `warm`: what is otherwise made when it is first needed - kernels, graphs, their memory - is made now, for a server.
+    """
 
     def __init__(
         self,
@@ -124,28 +140,34 @@ class CupyBackend:
         num_pages: int | None = None,
         use_graphs: bool = True,
         verify: bool = False,
+        warm: bool = False,
     ) -> None:
         self.cupy = import_cupy()
         self.facts = device_facts(self.cupy)
         self.config = packed.index.config
         self.max_seq_len = min(max_seq_len or self.config.max_seq_len, packed.index.rope_positions)
         self._use_graphs = use_graphs
-        self._modules: dict[Build, Module] = {}
-        self._kernels: dict[tuple[Build, str], Kernel] = {}
+        self._kernels = LoadedKernels()
         self._graphs: dict[tuple[int, int, bool], Any] = {}
         self._prefill_launches: dict[PrefillPass, list[Launch]] = {}
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         wanted = planned_limits(packed, self.facts, self.max_seq_len, max_sequences, max_prefill_tokens)
         self.plan = self._plan(packed, wanted, num_pages)
         self.limits = self.plan.limits
-        self._load(packed, verify)
-        self.program = GpuProgram(packed.index, self.limits, self._places, self.facts.arch, self._kernel)
+        self._needs = KernelNeeds(packed.index, self.limits, self.facts.arch)
+        kernels = self._needs.everything() if warm else self._needs.decode([1])
+        with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
+            loading = pool.submit(self._load_kernels, kernels, self.cupy.cuda.Device())
+            self._load(packed, verify)
+            loading.result()
+        self._has_all_kernels = warm
+        self.program = GpuProgram(packed.index, self.limits, self._places, self.facts.arch, self._kernels.get)
         self._staging = Staging(self.cupy, self.address("staging"), self._nbytes("staging"))
         self._copies = PinnedCopies(self.cupy, max(4 * self.limits.pages_per_sequence, 256))
         self._logits = self.pinned(np.dtype(np.float32), self._nbytes("logits") // 4)
-        self._executor: CupyExecutor | None = None
         self._free_slots = list(range(max_sequences))[::-1]
         self._free_pages = list(range(self.limits.num_pages))[::-1]
+        self.warm_up_report = self.warm_up() if warm else None
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -188,12 +210,40 @@ class CupyBackend:
         runtime = self.cupy.cuda.runtime
         runtime.memcpyAsync(target.ctypes.data, source, nbytes, runtime.memcpyDeviceToHost, self.stream.ptr)
 
-    def _kernel(self, build: Build, entry: str) -> Kernel:
-        if (build, entry) not in self._kernels:
-            if build not in self._modules:
-                self._modules[build] = Module(build, compiled(build))
-            self._kernels[build, entry] = self._modules[build].kernel(entry)
-        return self._kernels[build, entry]
+    def _load_kernels(self, wanted: Sequence[Wanted], device: Any) -> None:
+        device.use()  # a new thread has no context
+        self._kernels.load(wanted)
+
+    # ---- made ahead ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def executor(self) -> CupyExecutor:
+        """The one that runs steps over this backend."""
+        from .cupy_executor import CupyExecutor
+
+        return CupyExecutor(self)
+
+    def warm_up(self) -> WarmUp:
+        """Load every kernel and run every pass once, decode steps over no sequence and a prefill into a page that is free, so
+        that neither this process nor the driver allocates anything later. Before the first sequence.
+        """
+        begun, (free, _) = time.perf_counter(), self.cupy.cuda.runtime.memGetInfo()
+        self._kernels.load(self._needs.everything())
+        self._has_all_kernels = True
+        for batch in batch_buckets(self.limits.max_sequences):
+            nobody = np.full(batch, -1, np.int32)
+            for workers in reachable_workers(self.limits.max_seq_len):
+                for sampled in (False, True):
+                    self._enqueue_decode(nobody, nobody, workers, sampled)
+        count = self.limits.max_prefill_tokens
+        self.prefill(np.zeros(count, np.int64), [(0, 0, count, 0)], [count - 1])  # a new block table names page 0 throughout
+        nobody, everything = np.array([-1], np.int32), np.full(-(-self.config.vocab_size // 32), -1, np.int32)
+        self.sample(Rows(nobody, nobody), [everything])
+        self.count_tokens(0, [0], [])
+        self._read_logits(1)
+        self.executor.close()
+        left, _ = self.cupy.cuda.runtime.memGetInfo()
+        return WarmUp(len(self._graphs), time.perf_counter() - begun, free - left)
 
     # ---- passes over many sequences -----------------------------------------------------------------------------------
 
@@ -222,11 +272,15 @@ class CupyBackend:
 
         `positions` int32 [batch], where the last token goes; `slots` int32 [batch].
         """
-        batch = min(1 << (len(positions) - 1).bit_length(), self.limits.max_sequences)
+        batch = batch_bucket(len(positions), self.limits.max_sequences)
         padding = np.full(batch - len(positions), -1, np.int32)
         workers = split_workers(int(positions.max()) + 1)
-        at = self._staging.send([np.concatenate([positions, padding]), np.concatenate([slots, padding])], self.stream)
-        key = (batch, workers, sampled)
+        self._enqueue_decode(np.concatenate([positions, padding]), np.concatenate([slots, padding]), workers, sampled)
+
+    def _enqueue_decode(self, positions: NDArray[np.int32], slots: NDArray[np.int32], workers: int, sampled: bool) -> None:
+        """A whole bucket, -1 where there is no sequence."""
+        at = self._staging.send([positions, slots], self.stream)
+        key = (len(positions), workers, sampled)
         if not self._use_graphs:
             self._enqueue(self._decode_launches(*key, DecodePass(*at)))
             return
@@ -256,6 +310,8 @@ class CupyBackend:
         if step not in self._prefill_launches:
             if len(self._prefill_launches) == _KEPT_PREFILLS:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))
+            if not self._has_all_kernels:
+                self._kernels.load(self._needs.prefill([len(ids)], [len(rows)] if rows else []))
             self._prefill_launches[step] = self.program.prefill(step)
         self._enqueue(self._prefill_launches[step])
 
@@ -334,10 +390,7 @@ class CupyBackend:
 
     def generate(self, tokens: NDArray[np.int64], parameters: SamplingParameters, count: int) -> Generator[int, None, None]:
         """At most `count` tokens after `tokens`, as they come; the device is one step ahead of what was yielded."""
-        from .cupy_executor import CupyExecutor
-
-        executor = self._executor = self._executor or CupyExecutor(self)
-        sequence, tickets = self.new_cache(), deque[Ticket]()
+        executor, sequence, tickets = self.executor, self.new_cache(), deque[Ticket]()
 
         def submit(ids: NDArray[np.int64] | None, is_last: bool) -> None:
             start = sequence.length

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -17,14 +18,22 @@ from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention
 from .compile import Build
 from .gemm_plan import gemm_shape
 from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, RING_STEPS, Limits, head_pitch, page_bytes, qkv_rows
-from .launch import Argument, Dim3, Kernel, Launch
+from .launch import Argument, Dim3, Launch
 from .linear_plan import THREADS, linear_shape
 from .program import Kind, Operation, build_program
 from .sampling_state import ARGUMENTS, row_pitch, sampling_grid
 from .sampling_state import THREADS as SAMPLING_THREADS
 
 i32, u32, f32 = np.int32, np.uint32, np.float32
-GetKernel = Callable[[Build, str], Kernel]
+
+
+class Bindable(Protocol):
+    """A kernel that takes its grid and arguments: `launch.Kernel`."""
+
+    def bind(self, grid: Dim3, block: Dim3, args: Sequence[Argument], shared_bytes: int = 0, pdl: bool = True) -> Launch: ...
+
+
+GetKernel = Callable[[Build, str], Bindable]
 
 ATTENTION_WARPS, ATTENTION_SLICE = 4, 16
 SPLIT_WORKERS = (1, 2, 4, 8, 16, 32)
@@ -75,13 +84,16 @@ def element_of(index: Index) -> str:
 
 
 class GpuProgram:
-    """Builds launches; compiled kernels come from `get_kernel`."""
+    """Builds launches; compiled kernels come from `get_kernel`. `operations`: all of the index's, or whole layers of them."""
 
-    def __init__(self, index: Index, limits: Limits, places: Places, arch: str, get_kernel: GetKernel) -> None:
+    def __init__(
+        self, index: Index, limits: Limits, places: Places, arch: str, get_kernel: GetKernel,
+        operations: Sequence[Operation] | None = None,
+    ) -> None:  # fmt: skip
         self._index, self._limits, self._places, self._arch, self._get = index, limits, places, arch, get_kernel
         self.config = index.config
         self.element = element_of(index)
-        self._program = build_program(index)
+        self._program = build_program(index) if operations is None else operations
         self._places_in_program = {op: i for i, op in enumerate(self._program)}
         self._blobs = [index.blob(i) for i in range(len(index.blobs))]
         self._names = index.blobs.names
@@ -360,3 +372,9 @@ def can_use_wgmma(arch: str, config: ModelConfig) -> bool:
 def split_workers(longest: int) -> int:
     """Blocks that share the context of the longest sequence of a batch: a power of two."""
     return next(count for count in SPLIT_WORKERS if count * MIN_SPLIT_TOKENS >= longest or count == MAX_SPLITS)
+
+
+def reachable_workers(max_seq_len: int) -> list[int]:
+    """All that `split_workers` gives for sequences up to this length."""
+    most = split_workers(max_seq_len)
+    return [count for count in SPLIT_WORKERS if count <= most]
