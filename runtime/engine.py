@@ -20,6 +20,7 @@ from .backend import Backend
 from .numpy_backend import NumpyBackend
 from .sampler import SamplingParameters
 from .tokenizer import Tokenizer
+from .waking import wake_device
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,16 @@ class Engine:
         """`cache_bytes` bounds the NumPy backend's float32 copy of the weights; default: half of the free memory."""
         if backend not in ("auto", "numpy", "cupy"):
             raise RequestError(f"backend {printable(backend)} is none of auto, numpy, cupy")
+        if backend != "numpy":
+            wake_device()
         with PackedFile(path) as packed:
             self.config = packed.index.config
             limit = self.config.max_seq_len
             if max_seq_len is not None and not 1 <= max_seq_len <= limit:
                 raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
             self.max_seq_len = max_seq_len or limit
-            self.backend: Backend = _make_backend(backend, packed, self.max_seq_len, cache_bytes)
             self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
+            self.backend: Backend = _make_backend(backend, packed, self.max_seq_len, cache_bytes)
         self._shown = printable(path)
 
     @cached_property
@@ -60,6 +63,11 @@ class Engine:
         if self._tokenizer is None:
             raise RequestError(f"{self._shown}: holds no tokenizer.json: give token ids instead of text")
         return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can go in and come out."""
+        return self._tokenizer is not None
 
     def logits(self, ids: Sequence[int]) -> F32:
         """float32 [len(ids), vocab_size]: for each position, the scores of the token after it."""

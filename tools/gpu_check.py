@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ TOOLS = Path(__file__).resolve().parent
 MODELS = ("llama-3.2-1b", "qwen3-4b")
 DECODE = ("1:128", "1:2048", "1:8192", "8:512", "16:512", "32:512", "128:512")
 PREFILL = ("512", "2048", "8192")
+START_PROMPT_TOKENS, START_SAMPLES = 16, 3
 PEER_DECODE, PEER_PREFILL = ("1:128",), ("2048",)
 PACKAGES = (
     "megalith",
@@ -60,6 +63,39 @@ def measure(packed: Path, model: str) -> tuple[str, list[dict[str, Any]]]:
     options = [word for pair in DECODE for word in ("--decode", pair)] + [word for n in PREFILL for word in ("--prefill", n)]
     found = json.loads(python("-m", "megalith", "bench", packed, *options, "--json"))
     return found["gpu"], [{"system": "megalith", "model": model, "dtype": "bf16", **row} for row in found["results"]]
+
+
+def measure_start(packed: Path, model: str) -> dict[str, Any]:
+    """From the start of `megalith generate` to its first token: median of whole processes, kernels and file in their caches."""
+    ids = ",".join(str(17 * i) for i in range(1, START_PROMPT_TOKENS + 1))
+    command = [
+        sys.executable,
+        "-m",
+        "megalith",
+        "generate",
+        packed,
+        "--backend",
+        "cupy",
+        "--prompt-ids",
+        ids,
+        "--max-tokens",
+        "1",
+    ]
+    seconds = []
+    for _ in range(START_SAMPLES + 1):
+        begun = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
+            assert process.stdout is not None
+            first = process.stdout.read(1)
+            seconds.append(time.perf_counter() - begun)
+            rest = process.stdout.read()
+        if process.returncode or not (first + rest).split():
+            raise SystemExit(f"megalith generate {packed} ended with {process.returncode} and wrote {first + rest!r}")
+    median = statistics.median(seconds[1:])  # the first one fills the caches
+    return {
+        "system": "megalith", "model": model, "dtype": "bf16", "work": "start", "path": "process", "batch": 1,
+        "context": START_PROMPT_TOKENS, "ms": median * 1e3, "tokens_per_s": None, "gbytes_per_s": None, "percent_nominal": None,
+    }  # fmt: skip
 
 
 def measure_peer(folder: Path, model: str, seconds: float) -> list[dict[str, Any]]:
@@ -117,7 +153,7 @@ def main() -> None:
         for model in MODELS:
             packed = prepare(folder, model)
             gpu, found = measure(packed, model)
-            rows += found
+            rows += [measure_start(packed, model), *found]
             if arguments.peer_seconds:
                 rows += measure_peer(folder, model, arguments.peer_seconds)
     command = "python tools/gpu_check.py " + " ".join(word for word in sys.argv[1:] if not word.startswith("/"))
