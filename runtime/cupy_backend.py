@@ -240,7 +240,7 @@ class CupyBackend:
         nobody, everything = np.array([-1], np.int32), np.full(-(-self.config.vocab_size // 32), -1, np.int32)
         self.sample(Rows(nobody, nobody), [everything])
         self.count_tokens(0, [0], [])
-        self._read_logits(1)
+        self.read_logits(1)
         self.executor.close()
         left, _ = self.cupy.cuda.runtime.memGetInfo()
         return WarmUp(len(self._graphs), time.perf_counter() - begun, free - left)
@@ -333,14 +333,15 @@ class CupyBackend:
             some = np.array(rows[start : start + self.limits.max_sequences], np.int32)
             [address] = self._staging.send([some], self.stream)
             self._enqueue(self.program.head(len(some), address))
-            found.append(self._read_logits(len(some)))
+            found.append(self.read_logits(len(some)))
         return np.concatenate(found) if found else np.empty((0, self.config.vocab_size), np.float32)
 
     def _enqueue(self, launches: Sequence[Launch]) -> None:
         for launch in launches:
             launch(self.stream.ptr)
 
-    def _read_logits(self, count: int) -> F32:
+    def read_logits(self, count: int) -> F32:
+        """float32 [count, vocab_size] of the pass that was enqueued last, once it is done."""
         pitch = self.program.logits_pitch
         self.fetch(self._logits, self.address("logits"), 4 * count * pitch)
         self.stream.synchronize()
@@ -380,7 +381,7 @@ class CupyBackend:
             if count == 1 and before:
                 self.set_last_token(cache.slot, int(chunk[0]))
                 self.decode_step(np.array([before], np.int32), np.array([cache.slot], np.int32))
-                pieces.append(self._read_logits(1))
+                pieces.append(self.read_logits(1))
             else:
                 self.prefill(chunk, [(cache.slot, 0, count, before)], [])
                 wanted = range(count) if not last_only else [count - 1] * (start + count == len(ids))

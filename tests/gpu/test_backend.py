@@ -20,6 +20,7 @@ from megalith.runtime.sampler import SamplingParameters
 pytestmark = pytest.mark.gpu
 DENSE = [case for case in CASES if GoldenModel(case).folder.parent.name == "models" and case != "llama_dynamic"]
 MARGIN = 1.05  # errors of two roundings of one model are close where the model adds little to them
+QUANTISED_MARGIN = 1.5  # the yardstick is of the model before it was quantised
 
 
 def load(model: GoldenModel, folder: Path, most_tokens: int) -> Engine:
@@ -50,6 +51,22 @@ def test_decoding_token_by_token_matches_too(gpu: Any, golden: GoldenModel, tmp_
     bound = relative_error(ids["logits_bf16"], ids["logits_fp32"])
     print(golden.name, f"{error:.3e} against {bound:.3e}")
     assert error <= MARGIN * bound
+
+
+@pytest.mark.parametrize("golden", ["llama2", "qwen3", "qwen2", "llama_mqa", "llama_bias", "llama_fp16"], indirect=True)
+def test_mxfp4_matches_the_numpy_backend(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
+    """In prefill and token by token; NumPy computes with the decoded weights in float32."""
+    ids = golden.id_sets()[0]
+    tokens, declared = ids["ids"][:64], golden.config["max_position_embeddings"]
+    assert isinstance(declared, int)
+    packed = golden.pack(tmp_path, Options(linear="mxfp4", max_seq_len=max(declared, len(tokens))))
+    engine, reference = megalith.load(packed, backend="cupy"), megalith.load(packed, backend="numpy").logits(tokens)
+    found, cache = engine.logits(tokens), engine.backend.new_cache()
+    decoded = np.array([engine.backend.forward(tokens[i : i + 1], cache, i + 1, True)[0] for i in range(len(tokens))])
+    bound = QUANTISED_MARGIN * relative_error(ids["logits_bf16"], ids["logits_fp32"])
+    errors = relative_error(found, reference), relative_error(decoded, reference)
+    print(golden.name, "prefill {:.3e}, decode {:.3e}".format(*errors), f"against {bound:.3e}")
+    assert max(errors) <= bound
 
 
 @pytest.mark.parametrize("golden", ["llama2", "qwen3"], indirect=True)

@@ -138,7 +138,21 @@ def bench(gpu: Any) -> list[dict[str, Any]]:
     with _file() as path:
         command = [sys.executable, __file__, str(path)]  # a process without a context: it forks
         rows: list[dict[str, Any]] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        return rows + _rows(gpu, path, list(variants()))
+        return rows + _allocations(gpu) + _rows(gpu, path, list(variants()))
+
+
+def _allocations(gpu: Any) -> list[dict[str, Any]]:
+    """What pinning the slots takes of a load."""
+    rows = []
+    for size in sorted({RingSize(threads, slot_bytes).nbytes for threads in _THREADS for slot_bytes in _SLOTS}):
+        copier, seconds = CudaCopier(gpu.stream.ptr), []
+        for _ in range(_REPEATS):
+            begun = time.perf_counter()
+            address = copier.allocate_pinned(size)
+            seconds.append(time.perf_counter() - begun)
+            copier.free_pinned(address)
+        rows.append(_result(f"pinning {size // _MIB} MiB", size, seconds))
+    return rows
 
 
 def cold(gpu: Any) -> list[dict[str, Any]]:
