@@ -21,7 +21,7 @@ from .arena import ArenaPlan, FileSpan, plan_arena
 from .copying import CudaCopier
 from .executor import SequenceStep, Ticket
 from .gpu_buffers import PAGE_TOKENS, Limits
-from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma, reachable_workers, split_workers
+from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma
 from .gpu_staging import PinnedCopies, Staging
 from .launch import Launch
 from .loaded_kernels import LoadedKernels, Wanted
@@ -230,9 +230,10 @@ class CupyBackend:
         begun, (free, _) = time.perf_counter(), self.cupy.cuda.runtime.memGetInfo()
         self._kernels.load(self._needs.everything())
         self._has_all_kernels = True
+        attention = self.program.decode_attention
         for batch in batch_buckets(self.limits.max_sequences):
             nobody = np.full(batch, -1, np.int32)
-            for workers in reachable_workers(self.limits.max_seq_len):
+            for workers in attention.reachable_workers(self.limits.max_seq_len, batch, self.limits.num_sms):
                 for sampled in (False, True):
                     self._enqueue_decode(nobody, nobody, workers, sampled)
         count = self.limits.max_prefill_tokens
@@ -274,7 +275,7 @@ class CupyBackend:
         """
         batch = batch_bucket(len(positions), self.limits.max_sequences)
         padding = np.full(batch - len(positions), -1, np.int32)
-        workers = split_workers(int(positions.max()) + 1)
+        workers = self.program.decode_attention.workers(int(positions.max()) + 1, batch, self.limits.num_sms)
         self._enqueue_decode(np.concatenate([positions, padding]), np.concatenate([slots, padding]), workers, sampled)
 
     def _enqueue_decode(self, positions: NDArray[np.int32], slots: NDArray[np.int32], workers: int, sampled: bool) -> None:

@@ -14,10 +14,10 @@ from megalith.format.index import Index
 from megalith.format.model import ModelConfig
 from megalith.format.tiles import padded
 
-from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention
+from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention, decode_attention
 from .compile import Build
 from .gemm_plan import gemm_shape
-from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, RING_STEPS, Limits, head_pitch, page_bytes, qkv_rows
+from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, RING_STEPS, Limits, page_bytes, qkv_rows
 from .launch import Argument, Dim3, Launch
 from .linear_plan import THREADS, linear_shape
 from .program import Kind, Operation, build_program
@@ -34,10 +34,6 @@ class Bindable(Protocol):
 
 
 GetKernel = Callable[[Build, str], Bindable]
-
-ATTENTION_WARPS, ATTENTION_SLICE = 4, 16
-SPLIT_WORKERS = (1, 2, 4, 8, 16, 32)
-MIN_SPLIT_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,8 @@ class GpuProgram:
         self.group = self.config.num_attention_heads // self.config.num_key_value_heads
         has_wgmma = arch == "sm_90a" and self.config.head_dim in WGMMA_HEAD_DIMS
         self.prefill_attention = PrefillAttention(self.config.head_dim, has_wgmma)
+        num_kv_heads = self.config.num_key_value_heads
+        self.decode_attention = decode_attention(self.config.head_dim, self.group, num_kv_heads, limits.shared_limit)
         self.logits_pitch = row_pitch(self.config.vocab_size)
 
     # ---- passes ----------------------------------------------------------------------------------------------------
@@ -308,11 +306,11 @@ class GpuProgram:
     def _attention_decode(
         self, op: Operation, qkv: Operation, batch: int, workers: int, step: DecodePass, tiled: bool
     ) -> Launch:
-        config = self.config
+        config, build = self.config, self.decode_attention
         a, pitch = self._activation("a", config.q_rows, batch, tiled)
         reader = self._blobs[self._following(op).weight].layout
         defines = {
-            **self._qkv_defines(qkv), "GROUP": self.group, "HAS_SINKS": int(op.sinks >= 0), "ACTIVATION_TILED": int(tiled),
+            **self._qkv_defines(qkv), **build.defines(), "HAS_SINKS": int(op.sinks >= 0), "ACTIVATION_TILED": int(tiled),
             "ACTIVATION_LANE_COLUMNS": _lane_columns(reader), "EARLY_READS": 1,
             "SINKS_F32": self._is_f32(op.sinks) if op.sinks >= 0 else 0,
         }  # fmt: skip
@@ -323,12 +321,10 @@ class GpuProgram:
             self._cache(op.layer), i32(op.window), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
             self._places["attention_sums"], self._places["attention_stats"], i32(MAX_SPLITS), self._places["attention_arrived"],
         )  # fmt: skip
-        grid = (workers, config.num_key_value_heads * -(-self.group // 16), batch)
-        panels = head_pitch(config.head_dim) // 64
-        slots = 3 if panels == 1 else 2  # so that two products fit beside it: see linear_shape
-        defines["RING_SLOTS"] = slots
-        shared = ATTENTION_WARPS * slots * 2 * panels * ATTENTION_SLICE * 128
-        return self._launch("attention_decode", "attention_decode", defines, grid, (32 * ATTENTION_WARPS, 1, 1), args, shared)
+        grid = (workers, build.blocks, batch)
+        return self._launch(
+            "attention_decode", "attention_decode", defines, grid, (build.threads, 1, 1), args, build.shared_bytes
+        )
 
     # ---- places ----------------------------------------------------------------------------------------------------
 
@@ -367,14 +363,3 @@ def _lane_columns(layout: str) -> int:
 def can_use_wgmma(arch: str, config: ModelConfig) -> bool:
     """Whether products of many tokens go through wgmma: attention fills whole panels of its output there."""
     return arch == "sm_90a" and config.q_rows % 64 == 0
-
-
-def split_workers(longest: int) -> int:
-    """Blocks that share the context of the longest sequence of a batch: a power of two."""
-    return next(count for count in SPLIT_WORKERS if count * MIN_SPLIT_TOKENS >= longest or count == MAX_SPLITS)
-
-
-def reachable_workers(max_seq_len: int) -> list[int]:
-    """All that `split_workers` gives for sequences up to this length."""
-    most = split_workers(max_seq_len)
-    return [count for count in SPLIT_WORKERS if count <= most]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .attention_plan import decode_attention
 from .compile import Build
 from .gemm_plan import GemmShape
 
 Defines = dict[str, int | str]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
+SHARED_LIMIT_BYTES = dict(zip(ARCHITECTURES, (164 << 10, 100 << 10, 228 << 10, 228 << 10, 100 << 10), strict=True))
 
 
 def builds(arch: str) -> list[Build]:
@@ -74,13 +76,19 @@ def _vectors(arch: str) -> Iterator[Build]:
 
 
 def _attention(arch: str) -> Iterator[Build]:
-    for head_dim, norm, group, sinks in ((64, 0, 8, 1), (80, 0, 1, 0), (128, 1, 4, 0), (128, 2, 1, 0), (256, 0, 16, 0)):
+    for head_dim, norm, group, sinks in (
+        (64, 0, 8, 1),
+        (80, 0, 1, 0),
+        (128, 1, 4, 0),
+        (128, 2, 1, 0),
+        (192, 0, 2, 0),
+        (256, 0, 16, 0),
+    ):
         heads: Defines = {"ELEMENT_BF16": 1, "HEAD_DIM": head_dim, "QK_NORM": norm, "NORM_F32": 0}
         yield Build.of("qkv_post", arch, **heads)
-        more: Defines = {"GROUP": group, "HAS_SINKS": sinks, "ACTIVATION_TILED": 0, "ACTIVATION_LANE_COLUMNS": 8}
-        yield Build.of(
-            "attention_decode", arch, **heads, **more, EARLY_READS=1, SINKS_F32=0, RING_SLOTS=3 if head_dim <= 64 else 2
-        )
+        plan = decode_attention(head_dim, group, 1, SHARED_LIMIT_BYTES[arch]).defines()
+        more: Defines = {"HAS_SINKS": sinks, "ACTIVATION_TILED": 0, "ACTIVATION_LANE_COLUMNS": 8, "EARLY_READS": 1}
+        yield Build.of("attention_decode", arch, **{**heads, **plan, **more}, SINKS_F32=0)
     output: Defines = {"ELEMENT_BF16": 1, "Y_TILED": 1, "Y_LANE_COLUMNS": 8, "SINKS_F32": 0}
     for head_dim in (64, 80, 128, 256):
         yield Build.of("attention_prefill", arch, HEAD_DIM=head_dim, **output)
