@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.format.errors import RequestError, UnsupportedError
+from megalith.format.index import Index
 from megalith.format.reader import PackedFile
 from megalith.format.rope import F32, table_offset
 
@@ -96,6 +97,18 @@ def device_facts(cupy: Any) -> DeviceFacts:
     return DeviceFacts(name, arch, properties["multiProcessorCount"], properties["sharedMemPerMultiprocessor"])
 
 
+def longest_context(index: Index, wanted: int | None) -> int:
+    """Positions that a sequence can have: the RoPE table's at most. RequestError where more are asked for."""
+    limit = min(index.config.max_seq_len, index.rope_positions)
+    if wanted is not None and wanted > limit:
+        why = "of dynamic RoPE it has the table up to the original length alone, --backend numpy goes further"
+        raise RequestError(
+            f"max_seq_len {wanted}: the cupy backend runs up to {limit} positions of this file"
+            + (f": {why}" if index.rope.type == "dynamic" else "")
+        )
+    return wanted or limit
+
+
 def planned_limits(
     packed: PackedFile, facts: DeviceFacts, max_seq_len: int, max_sequences: int, max_prefill_tokens: int
 ) -> Limits:
@@ -145,7 +158,7 @@ class CupyBackend:
         self.cupy = import_cupy()
         self.facts = device_facts(self.cupy)
         self.config = packed.index.config
-        self.max_seq_len = min(max_seq_len or self.config.max_seq_len, packed.index.rope_positions)
+        self.max_seq_len = longest_context(packed.index, max_seq_len)
         self._use_graphs = use_graphs
         self._kernels = LoadedKernels()
         self._graphs: dict[tuple[int, int, bool], Any] = {}
@@ -363,7 +376,9 @@ class CupyBackend:
         sequence.pages = []
 
     def reserve(self, sequence: GpuSequence, length: int) -> None:
-        """Pages for `length` positions; RequestError when there are not so many."""
+        """Pages for `length` positions; RequestError when there are not so many, or no positions."""
+        if length > self.max_seq_len:
+            raise RequestError(f"a sequence of {length} positions: this backend is made for {self.max_seq_len}")
         missing = -(-length // PAGE_TOKENS) - len(sequence.pages)
         if missing <= 0:
             return

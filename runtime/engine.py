@@ -52,9 +52,9 @@ class Engine:
             limit = self.config.max_seq_len
             if max_seq_len is not None and not 1 <= max_seq_len <= limit:
                 raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
-            self.max_seq_len = max_seq_len or limit
             self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
-            self.backend: Backend = _make_backend(backend, packed, self.max_seq_len, cache_bytes)
+            self.backend: Backend = _make_backend(backend, packed, max_seq_len, cache_bytes)
+            self.max_seq_len = min(max_seq_len or limit, self.backend.max_seq_len)
         self._shown = printable(path)
 
     @cached_property
@@ -140,7 +140,7 @@ class Engine:
         return tokens.astype(np.int64)
 
 
-def _make_backend(name: str, packed: PackedFile, max_seq_len: int, cache_bytes: int | None) -> Backend:
+def _make_backend(name: str, packed: PackedFile, max_seq_len: int | None, cache_bytes: int | None) -> Backend:
     """ "auto" takes CuPy where CuPy and a device are there."""
     from .cupy_backend import CupyBackend, has_device
 

@@ -86,9 +86,9 @@ def _attention(arch: str) -> Iterator[Build]:
     ):
         heads: Defines = {"ELEMENT_BF16": 1, "HEAD_DIM": head_dim, "QK_NORM": norm, "NORM_F32": 0}
         yield Build.of("qkv_post", arch, **heads)
-        plan = decode_attention(head_dim, group, 1, SHARED_LIMIT_BYTES[arch]).defines()
+        launch = decode_attention(head_dim, group, 1, SHARED_LIMIT_BYTES[arch])
         more: Defines = {"HAS_SINKS": sinks, "ACTIVATION_TILED": 0, "ACTIVATION_LANE_COLUMNS": 8, "EARLY_READS": 1}
-        yield Build.of("attention_decode", arch, **{**heads, **plan, **more}, SINKS_F32=0)
+        yield Build.of("attention_decode", arch, **{**heads, **launch.defines(), **more}, SINKS_F32=0)
     output: Defines = {"ELEMENT_BF16": 1, "Y_TILED": 1, "Y_LANE_COLUMNS": 8, "SINKS_F32": 0}
     for head_dim in (64, 80, 128, 256):
         yield Build.of("attention_prefill", arch, HEAD_DIM=head_dim, **output)

@@ -11,6 +11,7 @@ from golden_models import CASES, GoldenModel, relative_error
 
 import megalith
 from megalith.converter.plan import Options
+from megalith.format.errors import RequestError
 from megalith.runtime.cupy_backend import CupyBackend
 from megalith.runtime.cupy_executor import CupyExecutor
 from megalith.runtime.engine import Engine
@@ -84,6 +85,18 @@ def test_generation_follows_the_logits(gpu: Any, golden: GoldenModel, tmp_path: 
     runs = [[t.id for t in engine.generate_tokens(prompt, parameters, max_tokens=60, ignore_eos=True)] for _ in range(2)]
     assert runs[0] == runs[1]
     assert runs[0] != found[:60]
+
+
+@pytest.mark.parametrize("golden", ["llama_dynamic"], indirect=True)
+def test_dynamic_rope_ends_with_its_table(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
+    packed = golden.pack(tmp_path)
+    engine, reference = megalith.load(packed, backend="cupy"), megalith.load(packed, backend="numpy")
+    assert engine.max_seq_len < reference.max_seq_len
+    ids = list(range(1, engine.max_seq_len + 1))
+    assert relative_error(engine.logits(ids), reference.logits(ids)) < 2e-2
+    with pytest.raises(RequestError, match=f"at most {engine.max_seq_len} fit"):
+        engine.logits([*ids, 1])
+    assert len(list(engine.generate_tokens(ids[:-3], max_tokens=10, ignore_eos=True))) == 3
 
 
 @pytest.mark.parametrize("golden", ["llama2", "qwen3"], indirect=True)
