@@ -20,7 +20,6 @@ from .backend import Backend
 from .numpy_backend import NumpyBackend
 from .sampler import SamplingParameters
 from .tokenizer import Tokenizer
-from .waking import wake_device
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,6 @@ class Engine:
         """`cache_bytes` bounds the NumPy backend's float32 copy of the weights; default: half of the free memory."""
         if backend not in ("auto", "numpy", "cupy"):
             raise RequestError(f"backend {printable(backend)} is none of auto, numpy, cupy")
-        if backend != "numpy":
-            wake_device()
         with PackedFile(path) as packed:
             self.config = packed.index.config
             limit = self.config.max_seq_len

@@ -1,4 +1,7 @@
-"""The first GPU's context, made early: it takes the driver a few tenths of a second, in which the caller imports and reads."""
+"""The first GPU's context, made early: it takes the driver a few tenths of a second, in which a command imports and reads.
+
+For commands only: a program that uses this package may have chosen another device.
+"""
 
 from __future__ import annotations
 
