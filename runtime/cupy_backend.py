@@ -130,7 +130,7 @@ def kv_room(packed: PackedFile, max_seq_len: int, max_sequences: int, max_prefil
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What `CupyBackend.warm_up` made, and what the driver took for it."""
+    """What `CupyBackend.warm_up` made, and what the driver took for it beside the arena and kernels that were loaded before."""
 
     graphs: int
     seconds: float
