@@ -17,6 +17,8 @@ def test_every_kernel_has_cases_and_every_case_exists() -> None:
     command += gpu_sanitize.node_ids("memcheck")
     done = subprocess.run(command, cwd=gpu_sanitize.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert set(gpu_sanitize.BETWEEN_WARPS) < set(gpu_sanitize.CASES)
+    assert set(gpu_sanitize.node_ids("racecheck")) < set(gpu_sanitize.node_ids("racecheck", True))
     wanted = {f"tests/gpu/{name}" for names in [*gpu_sanitize.CASES.values(), gpu_sanitize.WHOLE_MODELS] for name in names}
     assert {line for line in done.stdout.splitlines() if "::" in line} == wanted
 
@@ -38,6 +40,6 @@ def test_every_kernel_has_cases_and_every_case_exists() -> None:
 )
 def test_judgement(status: int, output: str, found: str) -> None:
     wanted = len(gpu_sanitize.node_ids("racecheck"))
-    outcome = gpu_sanitize.judge("racecheck", status, output.replace("{n}", str(wanted)), 1.0)
+    outcome = gpu_sanitize.judge("racecheck", status, output.replace("{n}", str(wanted)), 1.0, wanted)
     assert outcome.status == found.replace("{n}", str(wanted))
     assert outcome.is_clean == (found == "clean")
