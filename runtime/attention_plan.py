@@ -1,4 +1,4 @@
-"""Launch numbers and work lists of `attention_prefill*.cu`; the kernels assert that the numbers are theirs."""
+"""Launch numbers and work lists of `attention_prefill*.cu` and `attention_decode.cu`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .gpu_buffers import PAGE_TOKENS
+from megalith.format.errors import UnsupportedError
+
+from .gpu_buffers import MAX_SPLITS, PAGE_TOKENS, head_pitch
 
 WGMMA_HEAD_DIMS = (64, 128)
 _PAGE_PANEL_BYTES = PAGE_TOKENS * 128
@@ -76,3 +78,73 @@ class PrefillAttention:
                 begin = max(0, context + first_row // group - window + 1) if window else 0
                 found.append((begin - (context + last_row // group + 1), number, first_row // self.rows))
         return np.array([item[1:] for item in sorted(found)], np.int32).reshape(-1, 2)
+
+
+SPLIT_WORKERS = (1, 2, 4, 8, 16, 32)
+MIN_SPLIT_TOKENS = 256
+_SLICE_TOKENS = 16  # of a ring slot
+_RESERVED_BYTES = 1024  # of a multiprocessor's shared memory, for each block
+_BLOCKS_PER_SM = 32
+
+
+@dataclass(frozen=True)
+class DecodeAttention:
+    """One build of `attention_decode.cu`: `group` query heads share a key-value head, each warp has a ring of its own."""
+
+    head_dim: int
+    group: int
+    num_kv_heads: int
+    warps: int
+    ring_slots: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the rings, a slot of which holds K and V of a slice."""
+        return self.warps * self.ring_slots * 2 * _SLICE_TOKENS * 2 * head_pitch(self.head_dim)
+
+    @property
+    def static_bytes(self) -> int:
+        """The rest, at most: queries and new token, the warps' and the splits' statistics, barriers, a word or two."""
+        rows, pitch = min(self.group, 16), head_pitch(self.head_dim)
+        statistics = self.warps * 16 * 8 + rows * (4 * MAX_SPLITS + 8)
+        return 2 * _SLICE_TOKENS * pitch + 4 * pitch + statistics + 8 * self.warps * (self.ring_slots + 1) + 128
+
+    @property
+    def blocks(self) -> int:
+        """Of a sequence, for each worker."""
+        return self.num_kv_heads * -(-self.group // 16)
+
+    def defines(self) -> dict[str, int | str]:
+        return {"HEAD_DIM": self.head_dim, "GROUP": self.group, "WARPS": self.warps, "RING_SLOTS": self.ring_slots}
+
+    def workers(self, longest: int, batch: int, num_sms: int) -> int:
+        """Blocks that share the context of a sequence: as many as the longest of a batch has splits, a power of two, but no
+        more than keep the grid at 32 blocks a multiprocessor, as most are empty where one sequence is much longer than the
+        others. Workers take several splits each; what a sequence gets does not depend on their number.
+        """
+        most = max(1, _BLOCKS_PER_SM * num_sms // (batch * self.blocks))
+        wanted = next(count for count in SPLIT_WORKERS if count * MIN_SPLIT_TOKENS >= longest or count == MAX_SPLITS)
+        return max(count for count in SPLIT_WORKERS if count <= min(wanted, most))
+
+    def reachable_workers(self, max_seq_len: int, batch: int, num_sms: int) -> list[int]:
+        """All that `workers` gives for sequences up to this length."""
+        most = self.workers(max_seq_len, batch, num_sms)
+        return [count for count in SPLIT_WORKERS if count <= most]
+
+
+def decode_attention(head_dim: int, group: int, num_kv_heads: int, shared_limit: int) -> DecodeAttention:
+    """The build for a GPU whose multiprocessors have `shared_limit` bytes of shared memory; UnsupportedError where none fits.
+
+    Two slots a ring for wide heads, so that two products fit beside it (see `linear_shape`); fewer warps where four do not fit.
+    """
+    wide = head_dim > 64
+    for warps, ring_slots in ((4, 2 if wide else 3), (2, 3), (2, 2)):
+        build = DecodeAttention(head_dim, group, num_kv_heads, warps, ring_slots)
+        if build.shared_bytes + build.static_bytes + _RESERVED_BYTES <= shared_limit:
+            return build
+    needed = build.shared_bytes + build.static_bytes + _RESERVED_BYTES
+    raise UnsupportedError(f"head_dim {head_dim}: attention needs {needed} bytes of shared memory, this GPU has {shared_limit}")

@@ -18,6 +18,7 @@ class Backend(Protocol):
     """Executes a program; a cache is one sequence's keys and values, of a type of the backend's own."""
 
     config: ModelConfig
+    max_seq_len: int  # positions that a sequence can have
 
     def new_cache(self) -> Any:
         """An empty sequence."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from megalith.format.reader import PackedFile
 
-from .cupy_backend import CupyBackend
+from .cupy_backend import CupyBackend, longest_context
 from .cupy_executor import CupyExecutor
 from .sampler import SamplingParameters
 
@@ -67,7 +67,7 @@ class Bench:
             self.config = packed.index.config
             self._backend = CupyBackend(
                 packed,
-                max_seq_len=longest + 4 * DECODE_STEPS,
+                max_seq_len=min(longest + 4 * DECODE_STEPS, longest_context(packed.index, None)),
                 max_sequences=max([batch for batch, _ in plan.decode] + [1]),
                 max_prefill_tokens=max([*plan.prefill, 2048]),
                 num_pages=pages,

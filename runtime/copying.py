@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import count
 from typing import Any, Protocol
 
 from .launch import check, cuda_driver
@@ -33,11 +35,12 @@ class Copier(Protocol):
 
 
 class CudaCopier:
-    """The current CUDA context, copies on one of its streams."""
+    """The current CUDA context, copies on streams in turn. Events are used again, and kept until the process ends."""
 
-    def __init__(self, stream: int, driver: Any = None) -> None:
+    def __init__(self, *streams: int, driver: Any = None) -> None:
         self._driver = driver if driver is not None else cuda_driver()
-        self._stream = self._driver.CUstream(stream)
+        self._streams = [self._driver.CUstream(stream) for stream in streams]
+        self._turn, self._events = count(), deque[Any]()
         self._context = self._call("cuCtxGetCurrent")
         attributes = self._driver.CUdevice_attribute
         device = self._call("cuCtxGetDevice")
@@ -75,13 +78,20 @@ class CudaCopier:
         self._call("cuMemFreeHost", address)
 
     def copy(self, target: int, source: int, nbytes: int) -> object:
-        """On the stream, with an event behind it."""
-        self._call("cuMemcpyHtoDAsync", target, source, nbytes, self._stream)
-        event = self._call("cuEventCreate", self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING.value)
-        self._call("cuEventRecord", event, self._stream)
+        """On the next stream, with an event behind it."""
+        stream = self._streams[next(self._turn) % len(self._streams)]
+        self._call("cuMemcpyHtoDAsync", target, source, nbytes, stream)
+        event = self._event()
+        self._call("cuEventRecord", event, stream)
         return event
 
+    def _event(self) -> Any:
+        try:
+            return self._events.popleft()
+        except IndexError:
+            return self._call("cuEventCreate", self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING.value)
+
     def wait(self, copied: object) -> None:
-        """Once for each copy: the event goes."""
+        """Once for each copy: its event then serves another."""
         self._call("cuEventSynchronize", copied)
-        self._call("cuEventDestroy", copied)
+        self._events.append(copied)

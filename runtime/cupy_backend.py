@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megalith.format.errors import RequestError, UnsupportedError
+from megalith.format.index import Index
 from megalith.format.reader import PackedFile
 from megalith.format.rope import F32, table_offset
 
 from .arena import ArenaPlan, FileSpan, plan_arena
-from .compile import Build, compiled
 from .copying import CudaCopier
 from .executor import SequenceStep, Ticket
 from .gpu_buffers import PAGE_TOKENS, Limits
-from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma, split_workers
+from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma
 from .gpu_staging import PinnedCopies, Staging
-from .launch import Kernel, Launch, Module
+from .launch import Launch
+from .loaded_kernels import LoadedKernels, Wanted
 from .loading import LoadOptions, load, terminal_progress
+from .needed_kernels import KernelNeeds, batch_bucket, batch_buckets
 from .sampler import SamplingParameters
 
 if TYPE_CHECKING:
@@ -92,6 +97,18 @@ def device_facts(cupy: Any) -> DeviceFacts:
     return DeviceFacts(name, arch, properties["multiProcessorCount"], properties["sharedMemPerMultiprocessor"])
 
 
+def longest_context(index: Index, wanted: int | None) -> int:
+    """Positions that a sequence can have: the RoPE table's at most. RequestError where more are asked for."""
+    limit = min(index.config.max_seq_len, index.rope_positions)
+    if wanted is not None and wanted > limit:
+        why = "of dynamic RoPE it has the table up to the original length alone, --backend numpy goes further"
+        raise RequestError(
+            f"max_seq_len {wanted}: the cupy backend runs up to {limit} positions of this file"
+            + (f": {why}" if index.rope.type == "dynamic" else "")
+        )
+    return wanted or limit
+
+
 def planned_limits(
     packed: PackedFile, facts: DeviceFacts, max_seq_len: int, max_sequences: int, max_prefill_tokens: int
 ) -> Limits:
@@ -111,8 +128,20 @@ def kv_room(packed: PackedFile, max_seq_len: int, max_sequences: int, max_prefil
     return max(0, int(free) - _KEPT_BYTES - others)
 
 
+@dataclass(frozen=True)
+class WarmUp:
+    """What `CupyBackend.warm_up` made, and what the driver took for it beside the arena and kernels that were loaded before."""
+
+    graphs: int
+    seconds: float
+    device_bytes: int
+
+
 class CupyBackend:
-    """Executes a program over sequences whose keys and values lie in pages of the arena."""
+    """Executes a program over sequences whose keys and values lie in pages of the arena.
+
+    `warm`: what is otherwise made when it is first needed - kernels, graphs, their memory - is made now, for a server.
+    """
 
     def __init__(
         self,
@@ -124,28 +153,34 @@ class CupyBackend:
         num_pages: int | None = None,
         use_graphs: bool = True,
         verify: bool = False,
+        warm: bool = False,
     ) -> None:
         self.cupy = import_cupy()
         self.facts = device_facts(self.cupy)
         self.config = packed.index.config
-        self.max_seq_len = min(max_seq_len or self.config.max_seq_len, packed.index.rope_positions)
+        self.max_seq_len = longest_context(packed.index, max_seq_len)
         self._use_graphs = use_graphs
-        self._modules: dict[Build, Module] = {}
-        self._kernels: dict[tuple[Build, str], Kernel] = {}
+        self._kernels = LoadedKernels()
         self._graphs: dict[tuple[int, int, bool], Any] = {}
         self._prefill_launches: dict[PrefillPass, list[Launch]] = {}
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         wanted = planned_limits(packed, self.facts, self.max_seq_len, max_sequences, max_prefill_tokens)
         self.plan = self._plan(packed, wanted, num_pages)
         self.limits = self.plan.limits
-        self._load(packed, verify)
-        self.program = GpuProgram(packed.index, self.limits, self._places, self.facts.arch, self._kernel)
+        self._needs = KernelNeeds(packed.index, self.limits, self.facts.arch)
+        kernels = self._needs.everything() if warm else self._needs.decode([1])
+        with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
+            loading = pool.submit(self._load_kernels, kernels, self.cupy.cuda.Device())
+            self._load(packed, verify)
+            loading.result()
+        self._has_all_kernels = warm
+        self.program = GpuProgram(packed.index, self.limits, self._places, self.facts.arch, self._kernels.get)
         self._staging = Staging(self.cupy, self.address("staging"), self._nbytes("staging"))
         self._copies = PinnedCopies(self.cupy, max(4 * self.limits.pages_per_sequence, 256))
         self._logits = self.pinned(np.dtype(np.float32), self._nbytes("logits") // 4)
-        self._executor: CupyExecutor | None = None
         self._free_slots = list(range(max_sequences))[::-1]
         self._free_pages = list(range(self.limits.num_pages))[::-1]
+        self.warm_up_report = self.warm_up() if warm else None
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -188,12 +223,41 @@ class CupyBackend:
         runtime = self.cupy.cuda.runtime
         runtime.memcpyAsync(target.ctypes.data, source, nbytes, runtime.memcpyDeviceToHost, self.stream.ptr)
 
-    def _kernel(self, build: Build, entry: str) -> Kernel:
-        if (build, entry) not in self._kernels:
-            if build not in self._modules:
-                self._modules[build] = Module(build, compiled(build))
-            self._kernels[build, entry] = self._modules[build].kernel(entry)
-        return self._kernels[build, entry]
+    def _load_kernels(self, wanted: Sequence[Wanted], device: Any) -> None:
+        device.use()  # a new thread has no context
+        self._kernels.load(wanted)
+
+    # ---- made ahead ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def executor(self) -> CupyExecutor:
+        """The one that runs steps over this backend."""
+        from .cupy_executor import CupyExecutor
+
+        return CupyExecutor(self)
+
+    def warm_up(self) -> WarmUp:
+        """Load every kernel and run every pass once, decode steps over no sequence and a prefill into a page that is free, so
+        that neither this process nor the driver allocates anything later. Before the first sequence.
+        """
+        begun, (free, _) = time.perf_counter(), self.cupy.cuda.runtime.memGetInfo()
+        self._kernels.load(self._needs.everything())
+        self._has_all_kernels = True
+        attention = self.program.decode_attention
+        for batch in batch_buckets(self.limits.max_sequences):
+            nobody = np.full(batch, -1, np.int32)
+            for workers in attention.reachable_workers(self.limits.max_seq_len, batch, self.limits.num_sms):
+                for sampled in (False, True):
+                    self._enqueue_decode(nobody, nobody, workers, sampled)
+        count = self.limits.max_prefill_tokens
+        self.prefill(np.zeros(count, np.int64), [(0, 0, count, 0)], [count - 1])  # a new block table names page 0 throughout
+        nobody, everything = np.array([-1], np.int32), np.full(-(-self.config.vocab_size // 32), -1, np.int32)
+        self.sample(Rows(nobody, nobody), [everything])
+        self.count_tokens(0, [0], [])
+        self.read_logits(1)
+        self.executor.close()
+        left, _ = self.cupy.cuda.runtime.memGetInfo()
+        return WarmUp(len(self._graphs), time.perf_counter() - begun, free - left)
 
     # ---- passes over many sequences -----------------------------------------------------------------------------------
 
@@ -222,11 +286,15 @@ class CupyBackend:
 
         `positions` int32 [batch], where the last token goes; `slots` int32 [batch].
         """
-        batch = min(1 << (len(positions) - 1).bit_length(), self.limits.max_sequences)
+        batch = batch_bucket(len(positions), self.limits.max_sequences)
         padding = np.full(batch - len(positions), -1, np.int32)
-        workers = split_workers(int(positions.max()) + 1)
-        at = self._staging.send([np.concatenate([positions, padding]), np.concatenate([slots, padding])], self.stream)
-        key = (batch, workers, sampled)
+        workers = self.program.decode_attention.workers(int(positions.max()) + 1, batch, self.limits.num_sms)
+        self._enqueue_decode(np.concatenate([positions, padding]), np.concatenate([slots, padding]), workers, sampled)
+
+    def _enqueue_decode(self, positions: NDArray[np.int32], slots: NDArray[np.int32], workers: int, sampled: bool) -> None:
+        """A whole bucket, -1 where there is no sequence."""
+        at = self._staging.send([positions, slots], self.stream)
+        key = (len(positions), workers, sampled)
         if not self._use_graphs:
             self._enqueue(self._decode_launches(*key, DecodePass(*at)))
             return
@@ -256,6 +324,8 @@ class CupyBackend:
         if step not in self._prefill_launches:
             if len(self._prefill_launches) == _KEPT_PREFILLS:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))
+            if not self._has_all_kernels:
+                self._kernels.load(self._needs.prefill([len(ids)], [len(rows)] if rows else []))
             self._prefill_launches[step] = self.program.prefill(step)
         self._enqueue(self._prefill_launches[step])
 
@@ -277,14 +347,15 @@ class CupyBackend:
             some = np.array(rows[start : start + self.limits.max_sequences], np.int32)
             [address] = self._staging.send([some], self.stream)
             self._enqueue(self.program.head(len(some), address))
-            found.append(self._read_logits(len(some)))
+            found.append(self.read_logits(len(some)))
         return np.concatenate(found) if found else np.empty((0, self.config.vocab_size), np.float32)
 
     def _enqueue(self, launches: Sequence[Launch]) -> None:
         for launch in launches:
             launch(self.stream.ptr)
 
-    def _read_logits(self, count: int) -> F32:
+    def read_logits(self, count: int) -> F32:
+        """float32 [count, vocab_size] of the pass that was enqueued last, once it is done."""
         pitch = self.program.logits_pitch
         self.fetch(self._logits, self.address("logits"), 4 * count * pitch)
         self.stream.synchronize()
@@ -305,7 +376,9 @@ class CupyBackend:
         sequence.pages = []
 
     def reserve(self, sequence: GpuSequence, length: int) -> None:
-        """Pages for `length` positions; RequestError when there are not so many."""
+        """Pages for `length` positions; RequestError when there are not so many, or no positions."""
+        if length > self.max_seq_len:
+            raise RequestError(f"a sequence of {length} positions: this backend is made for {self.max_seq_len}")
         missing = -(-length // PAGE_TOKENS) - len(sequence.pages)
         if missing <= 0:
             return
@@ -324,7 +397,7 @@ class CupyBackend:
             if count == 1 and before:
                 self.set_last_token(cache.slot, int(chunk[0]))
                 self.decode_step(np.array([before], np.int32), np.array([cache.slot], np.int32))
-                pieces.append(self._read_logits(1))
+                pieces.append(self.read_logits(1))
             else:
                 self.prefill(chunk, [(cache.slot, 0, count, before)], [])
                 wanted = range(count) if not last_only else [count - 1] * (start + count == len(ids))
@@ -334,10 +407,7 @@ class CupyBackend:
 
     def generate(self, tokens: NDArray[np.int64], parameters: SamplingParameters, count: int) -> Generator[int, None, None]:
         """At most `count` tokens after `tokens`, as they come; the device is one step ahead of what was yielded."""
-        from .cupy_executor import CupyExecutor
-
-        executor = self._executor = self._executor or CupyExecutor(self)
-        sequence, tickets = self.new_cache(), deque[Ticket]()
+        executor, sequence, tickets = self.executor, self.new_cache(), deque[Ticket]()
 
         def submit(ids: NDArray[np.int64] | None, is_last: bool) -> None:
             start = sequence.length

@@ -54,6 +54,7 @@ class CupyExecutor:
         self._results = [backend.pinned(RESULT, limits.max_sequences) for _ in range(_PENDING)]
         self._events = [backend.cupy.cuda.Event(disable_timing=True) for _ in range(_PENDING)]
         self._sampled = 0  # passes so far: the device counts them too, for its ring
+        backend.cupy.cuda.runtime.memsetAsync(backend.address("step"), 0, 8, backend.stream.ptr)
         self._submitted: dict[int, _Submitted] = {}
         self._last_ticket = 0
 

@@ -49,9 +49,9 @@ class Engine:
             limit = self.config.max_seq_len
             if max_seq_len is not None and not 1 <= max_seq_len <= limit:
                 raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
-            self.max_seq_len = max_seq_len or limit
-            self.backend: Backend = _make_backend(backend, packed, self.max_seq_len, cache_bytes)
             self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
+            self.backend: Backend = _make_backend(backend, packed, max_seq_len, cache_bytes)
+            self.max_seq_len = min(max_seq_len or limit, self.backend.max_seq_len)
         self._shown = printable(path)
 
     @cached_property
@@ -60,6 +60,11 @@ class Engine:
         if self._tokenizer is None:
             raise RequestError(f"{self._shown}: holds no tokenizer.json: give token ids instead of text")
         return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can go in and come out."""
+        return self._tokenizer is not None
 
     def logits(self, ids: Sequence[int]) -> F32:
         """float32 [len(ids), vocab_size]: for each position, the scores of the token after it."""
@@ -132,7 +137,7 @@ class Engine:
         return tokens.astype(np.int64)
 
 
-def _make_backend(name: str, packed: PackedFile, max_seq_len: int, cache_bytes: int | None) -> Backend:
+def _make_backend(name: str, packed: PackedFile, max_seq_len: int | None, cache_bytes: int | None) -> Backend:
     """ "auto" takes CuPy where CuPy and a device are there."""
     from .cupy_backend import CupyBackend, has_device
 

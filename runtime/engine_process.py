@@ -54,18 +54,16 @@ def build_executor(settings: EngineSettings) -> Executor:
         )
     if settings.backend == "cupy":
         from .cupy_backend import CupyBackend
-        from .cupy_executor import CupyExecutor
 
         with PackedFile(settings.path) as packed:
-            return CupyExecutor(
-                CupyBackend(
-                    packed,
-                    max_seq_len=settings.max_seq_len,
-                    max_sequences=settings.max_sequences,
-                    max_prefill_tokens=settings.max_batch_tokens,
-                    num_pages=settings.num_pages,
-                )
-            )
+            return CupyBackend(
+                packed,
+                max_seq_len=settings.max_seq_len,
+                max_sequences=settings.max_sequences,
+                max_prefill_tokens=settings.max_batch_tokens,
+                num_pages=settings.num_pages,
+                warm=True,
+            ).executor
     from .numpy_backend import NumpyBackend
     from .numpy_executor import NumpyExecutor
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -13,22 +14,26 @@ from megalith.format.index import Index
 from megalith.format.model import ModelConfig
 from megalith.format.tiles import padded
 
-from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention
+from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention, decode_attention
 from .compile import Build
 from .gemm_plan import gemm_shape
-from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, RING_STEPS, Limits, head_pitch, page_bytes, qkv_rows
-from .launch import Argument, Dim3, Kernel, Launch
+from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, RING_STEPS, Limits, page_bytes, qkv_rows
+from .launch import Argument, Dim3, Launch
 from .linear_plan import THREADS, linear_shape
 from .program import Kind, Operation, build_program
 from .sampling_state import ARGUMENTS, row_pitch, sampling_grid
 from .sampling_state import THREADS as SAMPLING_THREADS
 
 i32, u32, f32 = np.int32, np.uint32, np.float32
-GetKernel = Callable[[Build, str], Kernel]
 
-ATTENTION_WARPS, ATTENTION_SLICE = 4, 16
-SPLIT_WORKERS = (1, 2, 4, 8, 16, 32)
-MIN_SPLIT_TOKENS = 256
+
+class Bindable(Protocol):
+    """A kernel that takes its grid and arguments: `launch.Kernel`."""
+
+    def bind(self, grid: Dim3, block: Dim3, args: Sequence[Argument], shared_bytes: int = 0, pdl: bool = True) -> Launch: ...
+
+
+GetKernel = Callable[[Build, str], Bindable]
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,16 @@ def element_of(index: Index) -> str:
 
 
 class GpuProgram:
-    """Builds launches; compiled kernels come from `get_kernel`."""
+    """Builds launches; compiled kernels come from `get_kernel`. `operations`: all of the index's, or whole layers of them."""
 
-    def __init__(self, index: Index, limits: Limits, places: Places, arch: str, get_kernel: GetKernel) -> None:
+    def __init__(
+        self, index: Index, limits: Limits, places: Places, arch: str, get_kernel: GetKernel,
+        operations: Sequence[Operation] | None = None,
+    ) -> None:  # fmt: skip
         self._index, self._limits, self._places, self._arch, self._get = index, limits, places, arch, get_kernel
         self.config = index.config
         self.element = element_of(index)
-        self._program = build_program(index)
+        self._program = build_program(index) if operations is None else operations
         self._places_in_program = {op: i for i, op in enumerate(self._program)}
         self._blobs = [index.blob(i) for i in range(len(index.blobs))]
         self._names = index.blobs.names
@@ -92,6 +100,8 @@ class GpuProgram:
         self.group = self.config.num_attention_heads // self.config.num_key_value_heads
         has_wgmma = arch == "sm_90a" and self.config.head_dim in WGMMA_HEAD_DIMS
         self.prefill_attention = PrefillAttention(self.config.head_dim, has_wgmma)
+        num_kv_heads = self.config.num_key_value_heads
+        self.decode_attention = decode_attention(self.config.head_dim, self.group, num_kv_heads, limits.shared_limit)
         self.logits_pitch = row_pitch(self.config.vocab_size)
 
     # ---- passes ----------------------------------------------------------------------------------------------------
@@ -296,11 +306,11 @@ class GpuProgram:
     def _attention_decode(
         self, op: Operation, qkv: Operation, batch: int, workers: int, step: DecodePass, tiled: bool
     ) -> Launch:
-        config = self.config
+        config, build = self.config, self.decode_attention
         a, pitch = self._activation("a", config.q_rows, batch, tiled)
         reader = self._blobs[self._following(op).weight].layout
         defines = {
-            **self._qkv_defines(qkv), "GROUP": self.group, "HAS_SINKS": int(op.sinks >= 0), "ACTIVATION_TILED": int(tiled),
+            **self._qkv_defines(qkv), **build.defines(), "HAS_SINKS": int(op.sinks >= 0), "ACTIVATION_TILED": int(tiled),
             "ACTIVATION_LANE_COLUMNS": _lane_columns(reader), "EARLY_READS": 1,
             "SINKS_F32": self._is_f32(op.sinks) if op.sinks >= 0 else 0,
         }  # fmt: skip
@@ -311,12 +321,10 @@ class GpuProgram:
             self._cache(op.layer), i32(op.window), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
             self._places["attention_sums"], self._places["attention_stats"], i32(MAX_SPLITS), self._places["attention_arrived"],
         )  # fmt: skip
-        grid = (workers, config.num_key_value_heads * -(-self.group // 16), batch)
-        panels = head_pitch(config.head_dim) // 64
-        slots = 3 if panels == 1 else 2  # so that two products fit beside it: see linear_shape
-        defines["RING_SLOTS"] = slots
-        shared = ATTENTION_WARPS * slots * 2 * panels * ATTENTION_SLICE * 128
-        return self._launch("attention_decode", "attention_decode", defines, grid, (32 * ATTENTION_WARPS, 1, 1), args, shared)
+        grid = (workers, build.blocks, batch)
+        return self._launch(
+            "attention_decode", "attention_decode", defines, grid, (build.threads, 1, 1), args, build.shared_bytes
+        )
 
     # ---- places ----------------------------------------------------------------------------------------------------
 
@@ -355,8 +363,3 @@ def _lane_columns(layout: str) -> int:
 def can_use_wgmma(arch: str, config: ModelConfig) -> bool:
     """Whether products of many tokens go through wgmma: attention fills whole panels of its output there."""
     return arch == "sm_90a" and config.q_rows % 64 == 0
-
-
-def split_workers(longest: int) -> int:
-    """Blocks that share the context of the longest sequence of a batch: a power of two."""
-    return next(count for count in SPLIT_WORKERS if count * MIN_SPLIT_TOKENS >= longest or count == MAX_SPLITS)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .attention_plan import decode_attention
 from .compile import Build
 from .gemm_plan import GemmShape
 
 Defines = dict[str, int | str]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
+SHARED_LIMIT_BYTES = dict(zip(ARCHITECTURES, (164 << 10, 100 << 10, 228 << 10, 228 << 10, 100 << 10), strict=True))
 
 
 def builds(arch: str) -> list[Build]:
@@ -68,20 +70,26 @@ def _vectors(arch: str) -> Iterator[Build]:
     yield Build.of("embedding", arch, ELEMENT_F16=1)
     yield Build.of("sampling", arch)
     yield Build.of("mask_logits", arch, ELEMENT_BF16=1)
-    yield Build.of("mask_logits", arch, ELEMENT_BF16=1)
+    yield Build.of("mask_logits", arch, ELEMENT_F16=1)
     for hidden_size, tiled, lane_columns in ((2560, 0, 8), (8192, 1, 8), (2880, 0, 32)):
         layout: Defines = {"ACTIVATION_TILED": tiled, "LANE_COLUMNS": lane_columns}
         yield Build.of("rmsnorm", arch, ELEMENT_BF16=1, HIDDEN_SIZE=hidden_size, WEIGHT_F32=0, **layout)
 
 
 def _attention(arch: str) -> Iterator[Build]:
-    for head_dim, norm, group, sinks in ((64, 0, 8, 1), (80, 0, 1, 0), (128, 1, 4, 0), (128, 2, 1, 0), (256, 0, 16, 0)):
+    for head_dim, norm, group, sinks in (
+        (64, 0, 8, 1),
+        (80, 0, 1, 0),
+        (128, 1, 4, 0),
+        (128, 2, 1, 0),
+        (192, 0, 2, 0),
+        (256, 0, 16, 0),
+    ):
         heads: Defines = {"ELEMENT_BF16": 1, "HEAD_DIM": head_dim, "QK_NORM": norm, "NORM_F32": 0}
         yield Build.of("qkv_post", arch, **heads)
-        more: Defines = {"GROUP": group, "HAS_SINKS": sinks, "ACTIVATION_TILED": 0, "ACTIVATION_LANE_COLUMNS": 8}
-        yield Build.of(
-            "attention_decode", arch, **heads, **more, EARLY_READS=1, SINKS_F32=0, RING_SLOTS=3 if head_dim <= 64 else 2
-        )
+        launch = decode_attention(head_dim, group, 1, SHARED_LIMIT_BYTES[arch])
+        more: Defines = {"HAS_SINKS": sinks, "ACTIVATION_TILED": 0, "ACTIVATION_LANE_COLUMNS": 8, "EARLY_READS": 1}
+        yield Build.of("attention_decode", arch, **{**heads, **launch.defines(), **more}, SINKS_F32=0)
     output: Defines = {"ELEMENT_BF16": 1, "Y_TILED": 1, "Y_LANE_COLUMNS": 8, "SINKS_F32": 0}
     for head_dim in (64, 80, 128, 256):
         yield Build.of("attention_prefill", arch, HEAD_DIM=head_dim, **output)

@@ -87,6 +87,7 @@ class Kernel:
         self.success = self.driver.CUresult.CUDA_SUCCESS
         self._module = module  # a function lives as long as its module
         self.function = check(self.driver.cuModuleGetFunction(module.handle, entry.encode()), self.name, self.driver)
+        check(self.driver.cuFuncLoad(self.function), f"{self.name}: load", self.driver)  # else at its first launch
         self.parameters = self._read_parameters()  # (offset, bytes) of each
         self.has_pdl = capability_of(module.build.arch) >= _FIRST_WITH_PDL
         self._shared_bytes = 0  # dynamic shared memory allowed so far; what is static counts too, so each amount is asked for

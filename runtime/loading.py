@@ -38,7 +38,16 @@ from megalith.format.verify import BrokenChunk, verify_checksums
 
 from .arena import FileSpan
 from .copying import Copier
-from .pinned_ring import Progress, chunk_pieces, direct_descriptor, load_ring, slices
+from .pinned_ring import (
+    CACHED_RING,
+    STORAGE_RING,
+    Progress,
+    RingSize,
+    chunk_pieces,
+    direct_descriptor,
+    load_ring,
+    slices,
+)
 
 _PIECE_BYTES = 256 << 20  # of the mapping, registered and copied at once
 _COLD_SAMPLES = 256
@@ -56,7 +65,8 @@ class LoadOptions:
     verify: bool = False
     way: str = "ring"
     direct: bool | None = None
-    threads: int = 8
+    ring: RingSize | None = None
+    register_threads: int = 8
 
 
 @dataclass(frozen=True)
@@ -82,18 +92,20 @@ def load(
     span = FileSpan.of(packed.header)
     _check_size(packed)
     is_cold = _is_cold(packed.fileno(), span)
+    ring = options.ring or (STORAGE_RING if is_cold else CACHED_RING)
     rest, is_direct = [(span.offset, span.nbytes)], False
     if options.way == "mapped":
         with _verification(packed, options) as verified:
             rest = _load_mapped(packed, span, target, copier, options, progress)
-            left = [piece for each in rest for piece in slices(*each)]
-            load_ring(packed, span.offset, target, copier, left, options.threads, -1, progress)
+            left = [piece for each in rest for piece in slices(*each, ring.slot_bytes)]
+            load_ring(packed, span.offset, target, copier, left, ring, -1, progress)
             verified()
     else:
-        pieces = list(chunk_pieces(packed, span) if options.verify else slices(*rest[0]))
+        slot_bytes = ring.slot_bytes
+        pieces = list(chunk_pieces(packed, span, slot_bytes) if options.verify else slices(*rest[0], slot_bytes))
         direct = options.direct if options.direct is not None else is_cold and span.nbytes > _available_bytes() // 2
         with direct_descriptor(packed, direct) as descriptor:
-            load_ring(packed, span.offset, target, copier, pieces, options.threads, descriptor, progress)
+            load_ring(packed, span.offset, target, copier, pieces, ring, descriptor, progress)
             is_direct = descriptor >= 0
     mapped_bytes = span.nbytes - sum(nbytes for _, nbytes in rest)
     return LoadReport(span.nbytes, mapped_bytes, is_direct, time.perf_counter() - started)
@@ -148,7 +160,7 @@ def _copy_mapped(
         return True
 
     try:
-        with ThreadPoolExecutor(options.threads, thread_name_prefix="register") as pool:
+        with ThreadPoolExecutor(options.register_threads, thread_name_prefix="register") as pool:
             for (begin, nbytes), is_registered in zip(pieces, pool.map(register, pieces), strict=True):
                 if is_registered:
                     copies.append((copier.copy(target + begin, address + begin, nbytes), nbytes))

@@ -105,6 +105,7 @@ class NumpyBackend:
 
     def __init__(self, packed: PackedFile, cache_bytes: int | None = None) -> None:
         self.config = packed.index.config
+        self.max_seq_len = self.config.max_seq_len
         self.program = build_program(packed.index)
         self.weights = Weights(packed, cache_bytes)
         self.rotations = Rotations(packed)

@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import xxhash
@@ -23,7 +23,25 @@ from .copying import Copier
 
 Progress = Callable[[int], object]
 
-SLOT_BYTES = 8 << 20
+SLOTS_PER_THREAD = 2  # one is read while the other is copied
+
+
+@dataclass(frozen=True)
+class RingSize:
+    """Threads and their slots. What the processor's last cache holds from the read to the copy spares a write to memory and a
+    read (docs/performance.md); each slot's turn costs some microseconds of the interpreter, which all threads share.
+    """
+
+    threads: int
+    slot_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.threads * SLOTS_PER_THREAD * self.slot_bytes
+
+
+CACHED_RING = RingSize(8, 1 << 20)  # for a file in the page cache
+STORAGE_RING = RingSize(16, 8 << 20)  # many large requests at once
 
 
 @dataclass(frozen=True)
@@ -36,34 +54,35 @@ class Piece:
 
 
 def load_ring(
-    packed: PackedFile, origin: int, target: int, copier: Copier, pieces: Sequence[Piece], threads: int, direct: int,
+    packed: PackedFile, origin: int, target: int, copier: Copier, pieces: Sequence[Piece], size: RingSize, direct: int,
     progress: Progress,
 ) -> None:  # fmt: skip
     """Bring pieces of the file to the device, offset `origin` of the file to `target`.
 
-    Each thread fills its two slots in turn: one is read while the other is copied. `direct` is a descriptor or -1.
+    Each thread fills its slots in turn. `direct` is a descriptor or -1.
     """
     if not pieces:
         return
-    threads = min(threads, len(pieces))
-    slots = copier.allocate_pinned(threads * 2 * SLOT_BYTES)
+    size = replace(size, threads=min(size.threads, len(pieces)))
+    slots = copier.allocate_pinned(size.nbytes)
     pending, lock = deque(pieces), Lock()
 
     def work(number: int) -> None:
         copier.attach()
-        busy: list[object | None] = [None, None]
+        places = [slots + (SLOTS_PER_THREAD * number + i) * size.slot_bytes for i in range(SLOTS_PER_THREAD)]
+        views = [memoryview((ctypes.c_ubyte * size.slot_bytes).from_address(place)).cast("B") for place in places]
+        busy: list[object | None] = [None] * SLOTS_PER_THREAD
         turn = 0
         try:
             while (piece := _next(pending)) is not None:
-                slot, earlier = slots + (2 * number + turn) * SLOT_BYTES, busy[turn]
+                earlier = busy[turn]
                 if earlier is not None:
                     busy[turn] = None
                     copier.wait(earlier)
-                data = memoryview((ctypes.c_ubyte * SLOT_BYTES).from_address(slot)).cast("B")
-                _read(packed, direct, piece, data)
-                _check_chunks(packed, piece, data)
-                busy[turn] = copier.copy(target + piece.offset - origin, slot, piece.nbytes)
-                turn ^= 1
+                _read(packed, direct, piece, views[turn])
+                _check_chunks(packed, piece, views[turn])
+                busy[turn] = copier.copy(target + piece.offset - origin, places[turn], piece.nbytes)
+                turn = (turn + 1) % SLOTS_PER_THREAD
                 with lock:
                     progress(piece.nbytes)
         finally:
@@ -73,8 +92,8 @@ def load_ring(
                     copier.wait(copied)
 
     try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="ring") as pool:
-            for future in [pool.submit(work, i) for i in range(threads)]:
+        with ThreadPoolExecutor(size.threads, thread_name_prefix="ring") as pool:
+            for future in [pool.submit(work, i) for i in range(size.threads)]:
                 future.result()
     finally:
         copier.free_pinned(slots)
@@ -96,14 +115,15 @@ def _read(packed: PackedFile, direct: int, piece: Piece, data: memoryview) -> No
     packed.read_into(piece.offset + done, data[done : piece.nbytes])
 
 
-def slices(offset: int, nbytes: int) -> Iterator[Piece]:
+def slices(offset: int, nbytes: int, slot_bytes: int) -> Iterator[Piece]:
     """A range of the file in pieces of a slot."""
-    for begin in range(0, nbytes, SLOT_BYTES):
-        yield Piece(offset + begin, min(SLOT_BYTES, nbytes - begin))
+    for begin in range(0, nbytes, slot_bytes):
+        yield Piece(offset + begin, min(slot_bytes, nbytes - begin))
 
 
-def chunk_pieces(packed: PackedFile, span: FileSpan) -> Iterator[Piece]:
+def chunk_pieces(packed: PackedFile, span: FileSpan, slot_bytes: int) -> Iterator[Piece]:
     """The span in pieces that end where chunks do."""
+    assert slot_bytes >= CHUNK_BYTES
     begin, chunks, stop = span.offset, list[tuple[int, int, int]](), span.offset
     for extent in packed.extents:
         if not span.offset <= extent.offset < span.offset + span.nbytes:
@@ -111,7 +131,7 @@ def chunk_pieces(packed: PackedFile, span: FileSpan) -> Iterator[Piece]:
         for i in range(extent.num_chunks):
             at = extent.offset + i * CHUNK_BYTES
             nbytes = min(CHUNK_BYTES, extent.nbytes - i * CHUNK_BYTES)
-            if at + nbytes - begin > SLOT_BYTES:
+            if at + nbytes - begin > slot_bytes:
                 yield Piece(begin, at - begin, tuple(chunks))
                 begin, chunks = at, []
             chunks.append((at - begin, nbytes, extent.first_chunk + i))

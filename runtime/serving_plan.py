@@ -97,6 +97,10 @@ def serving_plan(
     if max_batch_tokens <= max_sequences:
         raise RequestError(f"max_batch_tokens {max_batch_tokens}: must be more than the {max_sequences} sequences")
     backend = _resolved(backend)
+    if backend == "cupy":
+        from .cupy_backend import longest_context
+
+        limit = longest_context(index, max_seq_len)
     memory = _memory(packed, backend, max_seq_len or limit, max_sequences, max_batch_tokens)
     each, weights = memory.page_bytes, memory.weight_bytes
     full = max_sequences * -(-(max_seq_len or limit) // PAGE_SIZE)

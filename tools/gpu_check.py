@@ -1,38 +1,81 @@
 #!/usr/bin/env python3
-"""Everything that needs a GPU, in one command: models, tests, figures.
+"""Everything that needs a GPU, in one command of at most eight minutes: models, tests, figures, distances from FP32.
 
-Makes checkpoints of random weights in real shapes, converts them, runs the tests marked `gpu`, then `megalith bench` on each
-model, and what transformers does with the same checkpoints where it is installed. Writes one JSON file (docs/benchmarks/) and
-prints a table. A failing test fails the command, and then nothing is written.
+Makes checkpoints of random weights in real shapes and converts them while the tests marked `gpu` run; then, for each model, a
+start to the first token, `megalith bench` and the errors of the logits; and what transformers does with the same checkpoints
+where it is installed. Writes one JSON file (docs/benchmarks/) and prints a table. A failing test fails the command, and then
+nothing is written; logits further from FP32 than transformers' BF16 run's fail it too, after writing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import gpu_tests
+
 TOOLS = Path(__file__).resolve().parent
-MODELS = ("llama-3.2-1b", "qwen3-4b")
-DECODE = ("1:128", "1:2048", "1:8192", "8:512", "16:512", "32:512", "128:512")
 PREFILL = ("512", "2048", "8192")
+DECODE = ("1:128", "1:2048", "1:8192", "8:512", "16:512", "32:512", "128:512")
+FEW_PREFILL, FEW_DECODE = ("2048",), ("1:128", "1:8192", "32:512")
+START_PROMPT_TOKENS, START_SAMPLES = 16, 3
 PEER_DECODE, PEER_PREFILL = ("1:128",), ("2048",)
+LOGIT_CONTEXTS = ("64", "2048")
 PACKAGES = (
-    "megalith",
-    "cupy-cuda13x",
-    "cupy-cuda12x",
-    "cuda-core",
-    "cuda-bindings",
-    "nvidia-cuda-nvrtc",
-    "numpy",
-    "torch",
+    "megalith", "cupy-cuda13x", "cupy-cuda12x", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "numpy", "torch",
     "transformers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as it is converted."""
+
+    shape: str
+    dtype: str
+    options: tuple[str, ...] = ()
+    decode: tuple[str, ...] = FEW_DECODE
+    prefill: tuple[str, ...] = FEW_PREFILL
+
+    @property
+    def file(self) -> str:
+        return f"{self.shape}-{self.dtype}.lith"
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its weights are the checkpoint's, so that transformers' runs are of the same model."""
+        return self.dtype == "bf16"
+
+
+MODELS = (
+    Model("llama-3.2-1b", "bf16", decode=DECODE, prefill=PREFILL),
+    Model("qwen3-4b", "bf16", decode=DECODE, prefill=PREFILL),
+    Model("llama-3.2-1b", "fp16", ("--dtype", "fp16")),
+    Model("llama-3.2-1b", "mxfp4", ("--linear", "mxfp4")),
+    Model("qwen3-4b", "mxfp4", ("--linear", "mxfp4")),
 )
+NUMPY_SHAPE = "llama-3.2-1b"  # small enough for the NumPy backend to be the reference
+
+
+class Clock:
+    """What is left of the time for everything."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self, most: float = 1e9) -> float:
+        """Seconds, at most `most`."""
+        return min(most, self._end - time.monotonic())
 
 
 def run(*command: object, seconds: float | None = None) -> str:
@@ -46,31 +89,87 @@ def python(*arguments: object, seconds: float | None = None) -> str:
     return run(sys.executable, *arguments, seconds=seconds)
 
 
-def prepare(folder: Path, model: str) -> Path:
-    """The packed file of a model; its checkpoint lies beside it."""
-    packed = folder / f"{model}.lith"
-    if not packed.exists():
-        python(TOOLS / "random_checkpoint.py", model, folder / model)
-        python("-m", "megalith", "convert", folder / model, packed, "--no-progress")
-    return packed
+def prepare(folder: Path) -> None:
+    """Checkpoints and packed files that are not there yet."""
+    for model in MODELS:
+        if not (folder / model.shape).exists():
+            python(TOOLS / "random_checkpoint.py", model.shape, folder / model.shape)
+        if not (folder / model.file).exists():
+            python("-m", "megalith", "convert", folder / model.shape, folder / model.file, *model.options, "--no-progress")
 
 
-def measure(packed: Path, model: str) -> tuple[str, list[dict[str, Any]]]:
-    """Name of the GPU, and rows of the fixed schema."""
-    options = [word for pair in DECODE for word in ("--decode", pair)] + [word for n in PREFILL for word in ("--prefill", n)]
+def measure(packed: Path, model: Model) -> tuple[str, list[dict[str, Any]]]:
+    """Name of the GPU, and rows of the fixed schema; a start is a whole process here, not what `bench` calls so."""
+    options = [word for pair in model.decode for word in ("--decode", pair)]
+    options += [word for tokens in model.prefill for word in ("--prefill", tokens)]
     found = json.loads(python("-m", "megalith", "bench", packed, *options, "--json"))
-    return found["gpu"], [{"system": "megalith", "model": model, "dtype": "bf16", **row} for row in found["results"]]
+    rows = [row for row in found["results"] if row["work"] != "start"]
+    return found["gpu"], [{"system": "megalith", "model": model.shape, "dtype": model.dtype, **row} for row in rows]
 
 
-def measure_peer(folder: Path, model: str, seconds: float) -> list[dict[str, Any]]:
-    """transformers' rows; none where it is missing or takes too long, which is said."""
-    options = ["--decode", *PEER_DECODE, "--prefill", *PEER_PREFILL]
+def measure_start(packed: Path, model: Model) -> dict[str, Any]:
+    """From the start of `megalith generate` to its first token: median of whole processes, kernels and file in their caches."""
+    ids = ",".join(str(17 * i) for i in range(1, START_PROMPT_TOKENS + 1))
+    command = [
+        sys.executable,
+        "-m",
+        "megalith",
+        "generate",
+        packed,
+        "--backend",
+        "cupy",
+        "--prompt-ids",
+        ids,
+        "--max-tokens",
+        "1",
+    ]
+    seconds = []
+    for _ in range(START_SAMPLES + 1):
+        begun = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
+            assert process.stdout is not None
+            first = process.stdout.read(1)
+            seconds.append(time.perf_counter() - begun)
+            rest = process.stdout.read()
+        if process.returncode or not (first + rest).split():
+            raise SystemExit(f"megalith generate {packed} ended with {process.returncode} and wrote {first + rest!r}")
+    median = statistics.median(seconds[1:])  # the first one fills the caches
+    return {
+        "system": "megalith", "model": model.shape, "dtype": model.dtype, "work": "start", "path": None, "batch": 1,
+        "context": START_PROMPT_TOKENS, "ms": median * 1e3, "tokens_per_s": None, "gbytes_per_s": None, "percent_nominal": None,
+    }  # fmt: skip
+
+
+def peer(folder: Path, shape: str, options: list[str], seconds: float) -> str | None:
+    """What transformers prints; None where it is missing or takes too long, which is said."""
+    if seconds <= 0:
+        return None
     try:
-        rows = json.loads(python(TOOLS / "peer_torch.py", folder / model, *options, seconds=seconds).splitlines()[-1])["rows"]
-    except (subprocess.SubprocessError, ValueError, IndexError) as error:
-        print(f"no figures of transformers for {model}: {type(error).__name__}", file=sys.stderr)
+        return python(TOOLS / "peer_torch.py", folder / shape, *options, seconds=seconds)
+    except subprocess.SubprocessError as error:
+        print(f"nothing of transformers for {shape}: {type(error).__name__}", file=sys.stderr)
+        return None
+
+
+def measure_peer(folder: Path, shape: str, seconds: float) -> list[dict[str, Any]]:
+    """transformers' rows."""
+    output = peer(folder, shape, ["--decode", *PEER_DECODE, "--prefill", *PEER_PREFILL], seconds)
+    return [{**row, "model": shape} for row in json.loads(output.splitlines()[-1])["rows"]] if output else []
+
+
+def logit_errors(folder: Path, model: Model, seconds: float) -> list[dict[str, Any]]:
+    """Against transformers' FP32 run, or the NumPy backend where the weights are not the checkpoint's."""
+    options: list[object] = []
+    if model.is_kept:
+        target = folder / f"{model.shape}.npz"
+        if peer(folder, model.shape, ["--logits", str(target), "--contexts", *LOGIT_CONTEXTS], seconds) is None:
+            return []
+        options = ["--reference", target]
+    elif model.shape != NUMPY_SHAPE:
         return []
-    return [{**row, "model": model} for row in rows]
+    rows = json.loads(python(TOOLS / "gpu_logits.py", folder / model.file, *options))
+    reference = "transformers fp32" if model.is_kept else "numpy fp32, the file's weights"
+    return [{"model": model.shape, "dtype": model.dtype, "reference": reference, **row} for row in rows]
 
 
 def versions() -> dict[str, str]:
@@ -83,48 +182,68 @@ def versions() -> dict[str, str]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     """Markdown."""
-    lines = [
-        "| system | model | work | batch | context | ms | tokens/s | GB/s | % nominal |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        numbers = [row[key] for key in ("ms", "tokens_per_s", "gbytes_per_s", "percent_nominal")]
-        cells = [row["system"], row["model"], row["work"], row["batch"], row["context"], *numbers]
+        cells = [row[name] for name in columns]
         lines.append(
             "| " + " | ".join("" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
+def further_than_transformers(logits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        row for row in logits if row["transformers_bf16_error"] is not None and row["error"] > row["transformers_bf16_error"]
+    ]
+
+
+def figures(folder: Path, clock: Clock, peer_seconds: float) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Name of the GPU, rows of results, rows of logits. Our own figures first: what transformers takes may be cut."""
+    rows, logits, gpu = [], list[dict[str, Any]](), ""
+    for model in MODELS:
+        packed = folder / model.file
+        gpu, found = measure(packed, model)
+        rows += [measure_start(packed, model), *found]
+    for model in MODELS:
+        logits += logit_errors(folder, model, clock.left(peer_seconds))
+    for shape in dict.fromkeys(model.shape for model in MODELS):
+        rows += measure_peer(folder, shape, clock.left(peer_seconds))
+    return gpu, rows, logits
+
+
+def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--commit", help="of the tree that runs; default: git's")
     parser.add_argument("--folder", type=Path, help="for checkpoints and packed files, kept; default: a temporary one")
-    parser.add_argument("--peer-seconds", type=float, default=0, help="time for transformers per model; 0: leave it out")
+    parser.add_argument("--seconds", type=float, default=480, help="for everything; transformers gets what is left")
+    parser.add_argument("--peer-seconds", type=float, default=60, help="for each call of transformers; 0: leave it out")
     parser.add_argument("--no-tests", action="store_true")
     arguments = parser.parse_args()
+    clock = Clock(arguments.seconds)
     commit = arguments.commit or run("git", "-C", TOOLS, "rev-parse", "--short", "HEAD").strip()
-    if not arguments.no_tests:
-        options = ["-o", "addopts=--strict-markers --import-mode=importlib", "-W", "ignore::DeprecationWarning"]
-        python("-m", "pytest", "-q", "-m", "gpu", *options, TOOLS.parent / "tests" / "gpu")
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as pool:
         folder = arguments.folder or Path(temporary)
-        rows, gpu = [], ""
-        for model in MODELS:
-            packed = prepare(folder, model)
-            gpu, found = measure(packed, model)
-            rows += found
-            if arguments.peer_seconds:
-                rows += measure_peer(folder, model, arguments.peer_seconds)
+        preparing = pool.submit(prepare, folder)
+        if not arguments.no_tests and not gpu_tests.report(gpu_tests.run_all()):
+            return 1
+        preparing.result()
+        gpu, rows, logits = figures(folder, clock, arguments.peer_seconds)
     command = "python tools/gpu_check.py " + " ".join(word for word in sys.argv[1:] if not word.startswith("/"))
-    report = {"commit": commit, "command": command, "gpu": gpu, "versions": versions(), "results": rows}
+    report = {"commit": commit, "command": command, "gpu": gpu, "versions": versions(), "results": rows, "logits": logits}
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(rows))
+    numbers = ("ms", "tokens_per_s", "gbytes_per_s", "percent_nominal")
+    print(table(rows, ("system", "model", "dtype", "work", "batch", "context", *numbers)))
+    print(table(logits, ("model", "dtype", "reference", "work", "batch", "context", "error", "transformers_bf16_error")))
+    print(f"{clock.left():.0f} s left", file=sys.stderr)
+    wrong = further_than_transformers(logits)
+    for row in wrong:
+        print(f"further from FP32 than transformers: {row}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import warnings
 from collections.abc import Callable
@@ -45,6 +46,8 @@ class GpuDevice:
         self.device.use()
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.stream.use()
+        if os.environ.get("MEGALITH_TEST_POOL") == "0":  # each array an allocation of its own: see gpu_sanitize.py
+            cupy.cuda.set_allocator(None)
         self._modules: dict[Build, Module] = {}
         self._kernels: dict[tuple[Build, str], Kernel] = {}
         properties = cupy.cuda.runtime.getDeviceProperties(self.device.id)

@@ -44,17 +44,20 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
 
 
 @torch.inference_mode()
-def write_logits(folder: Path, ids: np.ndarray, target: Path) -> None:
-    """Logits float32 of every position, from an FP32 run and from a BF16 run."""
+def write_logits(folder: Path, ids: np.ndarray, contexts: list[int], rows: int, target: Path) -> None:
+    """Logits float32 of the last `rows` positions of the first `context` ids, for each context, from FP32 and BF16 runs."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    found = {}
+    found = {"ids": ids}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = load(folder, dtype)
-        found[name] = model(torch.tensor(ids[None], device="cuda")).logits[0].float().cpu().numpy()
+        for context in contexts:
+            tokens = torch.tensor(ids[None, :context], device="cuda")
+            logits = model(tokens, use_cache=False, logits_to_keep=min(rows, context)).logits[0]
+            found[f"{name}_{context}"] = logits.float().cpu().numpy()
         del model
         torch.cuda.empty_cache()
-    np.savez(target, ids=ids, **found)
+    np.savez(target, **found)
 
 
 @torch.inference_mode()
@@ -96,13 +99,16 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--logits", type=Path, help="write logits of 64 random tokens to this .npz")
+    parser.add_argument("--logits", type=Path, help="write logits of random tokens to this .npz")
+    parser.add_argument("--contexts", nargs="*", type=int, default=[64], metavar="TOKENS", help="how many tokens")
+    parser.add_argument("--rows", type=int, default=64, help="last positions whose logits are kept")
     parser.add_argument("--decode", nargs="*", default=[], metavar="BATCH:CONTEXT")
     parser.add_argument("--prefill", nargs="*", type=int, default=[], metavar="TOKENS")
     arguments = parser.parse_args()
     if arguments.logits:
         vocab_size = json.loads((arguments.checkpoint / "config.json").read_text())["vocab_size"]
-        write_logits(arguments.checkpoint, np.random.default_rng(0).integers(0, vocab_size, 64), arguments.logits)
+        ids = np.random.default_rng(0).integers(0, vocab_size, max(arguments.contexts))
+        write_logits(arguments.checkpoint, ids, arguments.contexts, arguments.rows, arguments.logits)
     rows = []
     if arguments.decode or arguments.prefill:
         begun = time.perf_counter()

@@ -10,10 +10,21 @@ import click
 from megalith.output import print_json
 
 
+def _ids(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    """Token ids with commas between."""
+    if value is None:
+        return None
+    words = value.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise click.BadParameter("give token ids with commas between, such as 504,3575,282")
+    return [int(word) for word in words]
+
+
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--prompt", metavar="TEXT", help="Text to continue.")
 @click.option("--chat", metavar="TEXT", help="A user's message, put into the model's chat template.")
+@click.option("--prompt-ids", callback=_ids, metavar="IDS", help="Token ids to continue, with commas between.")
 @click.option("--system", metavar="TEXT", help="A system message before --chat.")
 @click.option("--max-tokens", type=click.IntRange(0), default=256, show_default=True, help="Most tokens to generate.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time.")
@@ -28,6 +39,7 @@ def generate(
     file: Path,
     prompt: str | None,
     chat: str | None,
+    prompt_ids: list[int] | None,
     system: str | None,
     max_tokens: int,
     temperature: float,
@@ -39,11 +51,15 @@ def generate(
     backend: str,
     as_json: bool,
 ) -> None:
-    """Generate text from the packed file FILE; it streams to standard output as it comes."""
-    if (prompt is None) == (chat is None):
-        raise click.UsageError("give one of --prompt and --chat")
+    """Generate text from the packed file FILE; it streams to standard output as it comes, as ids if FILE has no tokenizer."""
+    if [prompt, chat, prompt_ids].count(None) != 2:
+        raise click.UsageError("give one of --prompt, --chat and --prompt-ids")
     if system is not None and chat is None:
         raise click.UsageError("--system goes with --chat")
+    if backend != "numpy":
+        from megalith.runtime.waking import wake_device
+
+        wake_device()  # while this thread imports
     import secrets
 
     import megalith
@@ -59,14 +75,15 @@ def generate(
         system_messages = [{"role": "system", "content": system}] if system is not None else []
         text = render_chat(engine.tokenizer, [*system_messages, {"role": "user", "content": chat}])
         prompt_ids = engine.tokenizer.encode(text, add_special_tokens=False)
-    else:
-        prompt_ids = engine.tokenizer.encode(prompt or "")
+    elif prompt is not None:
+        prompt_ids = engine.tokenizer.encode(prompt)
+    assert prompt_ids is not None
     tokens, times = [], [time.perf_counter()]
     for token in engine.generate_tokens(prompt_ids, parameters, max_tokens=max_tokens, ignore_eos=ignore_eos):
         tokens.append(token)
         times.append(time.perf_counter())
         if not as_json:
-            click.echo(token.text, nl=False)
+            click.echo(token.text if engine.has_tokenizer else f"{token.id} ", nl=False)
     if not as_json:
         click.echo()
         return

@@ -24,8 +24,8 @@ from test_qkv_post import (
     stored_rows,
 )
 
+from megalith.runtime.attention_plan import SPLIT_WORKERS, decode_attention
 from megalith.runtime.gpu_buffers import MAX_SPLITS
-from megalith.runtime.gpu_program import ATTENTION_SLICE, ATTENTION_WARPS
 
 LENGTHS = (1, 0, 257, 64, 9000, 2, 63, 1000, 65, 0, 256, 255)  # the new token included; 0 is an empty row
 _CUT = 1.01  # of the error bound, for float32's own error and queries that float64 rounds to the other side
@@ -116,18 +116,19 @@ class Results:
     pool: np.ndarray
 
 
-def run(gpu: Any, case: Case, workers: int, early_reads: int = 0) -> Results:
-    """One launch; checks what it may touch besides its results."""
+def run(gpu: Any, case: Case, workers: int, early_reads: int = 0, shared_limit: int = 1 << 20) -> Results:
+    """One launch, of the build for so much shared memory or what there is; checks what it may touch besides its results."""
     heads, batch = case.heads, len(case.lengths)
     group = heads.num_heads // heads.num_kv_heads
     columns = heads.num_heads * heads.head_dim
     unit = 128 if case.lane_columns == 32 else 64
     padded, pitch = -(-columns // unit) * unit, -(-batch // 8) * 8 + 8
     pool, table = cache(case)
-    blocks, rows = heads.num_kv_heads * -(-group // 16), min(group, 16)
+    build = decode_attention(heads.head_dim, group, heads.num_kv_heads, min(shared_limit, gpu.shared_limit + 1024))
+    blocks, rows = build.blocks, min(group, 16)
     defines = {
-        **heads.defines, "GROUP": group, "HAS_SINKS": int(case.sinks is not None), "SINKS_F32": 0, "EARLY_READS": early_reads,
-        "ACTIVATION_TILED": int(case.tiled), "ACTIVATION_LANE_COLUMNS": case.lane_columns,
+        **heads.defines, **build.defines(), "HAS_SINKS": int(case.sinks is not None), "SINKS_F32": 0,
+        "EARLY_READS": early_reads, "ACTIVATION_TILED": int(case.tiled), "ACTIVATION_LANE_COLUMNS": case.lane_columns,
     }  # fmt: skip
     device_pool, out = gpu.array(pool), gpu.empty_poisoned((pitch * padded,), np.uint16)
     sums = gpu.empty_poisoned((batch, blocks, MAX_SPLITS, rows, -(-heads.head_dim // 16) * 16), np.float32)
@@ -140,10 +141,8 @@ def run(gpu: Any, case: Case, workers: int, early_reads: int = 0) -> Results:
         0 if case.sinks is None else gpu.array(case.sinks), out, np.int32(pitch if case.tiled else padded), sums, stats,
         np.int32(MAX_SPLITS), arrived,
     )  # fmt: skip
-    defines["RING_SLOTS"] = ring_slots = 3 if heads.head_dim in (64, 80) else 2
-    shared_bytes = ATTENTION_WARPS * ring_slots * ATTENTION_SLICE * 2 * 2 * heads.pitch
     kernel = gpu.compile("attention_decode", "attention_decode", **defines)
-    gpu.launch(kernel, (workers, blocks, batch), (32 * ATTENTION_WARPS, 1, 1), args, shared_bytes=shared_bytes)
+    gpu.launch(kernel, (workers, blocks, batch), (build.threads, 1, 1), args, shared_bytes=build.shared_bytes)
     assert not gpu.get(arrived).any()
     found = gpu.get(out)
     where = offsets(batch, padded, case.tiled, case.lane_columns, pitch if case.tiled else padded)
@@ -194,6 +193,35 @@ CASES = [
 def name(case: Case) -> str:
     h = case.heads
     return f"{h.head_dim}-{h.num_heads}-{h.num_kv_heads}-{h.norm}-{h.dtype}-{case.window}-{case.sinks is not None}-{case.tiled}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES if case.heads.head_dim > 128], ids=name)
+def test_builds_for_less_shared_memory(gpu: Any, case: Case) -> None:
+    """Those of GPUs that have 100 KiB a multiprocessor, such as sm_89 and sm_120."""
+    for workers in (1, 3):
+        check(case, run(gpu, case, workers, shared_limit=100 << 10))
+
+
+@pytest.mark.parametrize("shared_limit", [100 << 10, 164 << 10, 228 << 10])
+def test_builds_fit_every_gpu(shared_limit: int) -> None:
+    for head_dim in range(2, 257, 2):
+        for group in (1, 8, 16, 40):
+            build = decode_attention(head_dim, group, 2, shared_limit)
+            assert build.shared_bytes + build.static_bytes <= shared_limit - 1024
+            assert build.warps == 4 or shared_limit < 228 << 10
+    assert decode_attention(128, 4, 8, 100 << 10).warps == 4
+
+
+def test_workers_are_bounded_and_never_too_few() -> None:
+    build = decode_attention(128, 4, 8, 228 << 10)
+    assert [build.workers(n, 1, 132) for n in (1, 256, 257, 1024, 8192, 40960)] == [1, 1, 2, 4, 32, 32]
+    assert [build.workers(40960, batch, 132) for batch in (1, 16, 32, 64, 128, 256)] == [32, 32, 16, 8, 4, 2]
+    for batch in (1, 7, 64, 1000):
+        assert build.workers(40960, batch, 132) * batch * build.blocks <= max(32 * 132, batch * build.blocks)
+        found = {build.workers(n, batch, 132) for n in range(1, 9000)}
+        assert sorted(found) == build.reachable_workers(9000, batch, 132)
+        assert found <= set(SPLIT_WORKERS)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from golden_models import CASES, GoldenModel, relative_error
 
 import megalith
 from megalith.converter.plan import Options
+from megalith.format.errors import RequestError
 from megalith.runtime.cupy_backend import CupyBackend
 from megalith.runtime.cupy_executor import CupyExecutor
 from megalith.runtime.engine import Engine
@@ -20,6 +21,7 @@ from megalith.runtime.sampler import SamplingParameters
 pytestmark = pytest.mark.gpu
 DENSE = [case for case in CASES if GoldenModel(case).folder.parent.name == "models" and case != "llama_dynamic"]
 MARGIN = 1.05  # errors of two roundings of one model are close where the model adds little to them
+QUANTISED_MARGIN = 1.5  # the yardstick is of the model before it was quantised
 
 
 def load(model: GoldenModel, folder: Path, most_tokens: int) -> Engine:
@@ -52,6 +54,22 @@ def test_decoding_token_by_token_matches_too(gpu: Any, golden: GoldenModel, tmp_
     assert error <= MARGIN * bound
 
 
+@pytest.mark.parametrize("golden", ["llama2", "qwen3", "qwen2", "llama_mqa", "llama_bias", "llama_fp16"], indirect=True)
+def test_mxfp4_matches_the_numpy_backend(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
+    """In prefill and token by token; NumPy computes with the decoded weights in float32."""
+    ids = golden.id_sets()[0]
+    tokens, declared = ids["ids"][:64], golden.config["max_position_embeddings"]
+    assert isinstance(declared, int)
+    packed = golden.pack(tmp_path, Options(linear="mxfp4", max_seq_len=max(declared, len(tokens))))
+    engine, reference = megalith.load(packed, backend="cupy"), megalith.load(packed, backend="numpy").logits(tokens)
+    found, cache = engine.logits(tokens), engine.backend.new_cache()
+    decoded = np.array([engine.backend.forward(tokens[i : i + 1], cache, i + 1, True)[0] for i in range(len(tokens))])
+    bound = QUANTISED_MARGIN * relative_error(ids["logits_bf16"], ids["logits_fp32"])
+    errors = relative_error(found, reference), relative_error(decoded, reference)
+    print(golden.name, "prefill {:.3e}, decode {:.3e}".format(*errors), f"against {bound:.3e}")
+    assert max(errors) <= bound
+
+
 @pytest.mark.parametrize("golden", ["llama2", "qwen3"], indirect=True)
 def test_generation_follows_the_logits(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
     engine = load(golden, tmp_path, 256)
@@ -67,6 +85,18 @@ def test_generation_follows_the_logits(gpu: Any, golden: GoldenModel, tmp_path: 
     runs = [[t.id for t in engine.generate_tokens(prompt, parameters, max_tokens=60, ignore_eos=True)] for _ in range(2)]
     assert runs[0] == runs[1]
     assert runs[0] != found[:60]
+
+
+@pytest.mark.parametrize("golden", ["llama_dynamic"], indirect=True)
+def test_dynamic_rope_ends_with_its_table(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
+    packed = golden.pack(tmp_path)
+    engine, reference = megalith.load(packed, backend="cupy"), megalith.load(packed, backend="numpy")
+    assert engine.max_seq_len < reference.max_seq_len
+    ids = list(range(1, engine.max_seq_len + 1))
+    assert relative_error(engine.logits(ids), reference.logits(ids)) < 2e-2
+    with pytest.raises(RequestError, match=f"at most {engine.max_seq_len} fit"):
+        engine.logits([*ids, 1])
+    assert len(list(engine.generate_tokens(ids[:-3], max_tokens=10, ignore_eos=True))) == 3
 
 
 @pytest.mark.parametrize("golden", ["llama2", "qwen3"], indirect=True)

@@ -16,9 +16,10 @@ from megalith.runtime import loading
 from megalith.runtime.arena import FileSpan
 from megalith.runtime.copying import CudaCopier
 from megalith.runtime.loading import LoadOptions, load
+from megalith.runtime.pinned_ring import RingSize
 
 pytestmark = pytest.mark.gpu
-MAPPED, RING = LoadOptions(way="mapped", threads=4), LoadOptions(way="ring", threads=4)
+MAPPED, RING = LoadOptions(way="mapped"), LoadOptions(way="ring", ring=RingSize(4, 1 << 20))
 
 
 @pytest.fixture(scope="module")

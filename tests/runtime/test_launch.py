@@ -143,21 +143,22 @@ def copier(driver: FakeDriver, supported: int, shares_tables: int) -> CudaCopier
         attributes.CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES: shares_tables,
     }
     driver.cuDeviceGetAttribute = lambda attribute, device: (OK, found[attribute])  # type: ignore[attr-defined]
-    return CudaCopier(5, driver)
+    return CudaCopier(5, 6, driver=driver)
 
 
-def test_copies_go_to_the_stream_with_an_event_behind_them() -> None:
+def test_copies_go_to_the_streams_in_turn_with_an_event_behind_them() -> None:
     driver = FakeDriver()
     one = copier(driver, 1, 0)
     one.attach()
     assert one.register(4096, 8192)
     one.wait(one.copy(100, 4096, 50))
+    one.wait(one.copy(150, 5000, 20))
     one.unregister(4096)
     calls = [(name, *(int(a) if not isinstance(a, int) else a for a in arguments)) for name, *arguments in driver.calls]
     assert calls[2:] == [
         ("cuCtxSetCurrent", 7), ("cuMemHostRegister", 4096, 8192, 8), ("cuMemcpyHtoDAsync", 100, 4096, 50, 5),
-        ("cuEventCreate", 2), ("cuEventRecord", 13, 5), ("cuEventSynchronize", 13), ("cuEventDestroy", 13),
-        ("cuMemHostUnregister", 4096),
+        ("cuEventCreate", 2), ("cuEventRecord", 13, 5), ("cuEventSynchronize", 13), ("cuMemcpyHtoDAsync", 150, 5000, 20, 6),
+        ("cuEventRecord", 13, 6), ("cuEventSynchronize", 13), ("cuMemHostUnregister", 4096),
     ]  # fmt: skip
 
 

@@ -17,9 +17,12 @@ from megalith.format.reader import PackedFile
 from megalith.runtime import loading, pinned_ring
 from megalith.runtime.arena import FileSpan
 from megalith.runtime.loading import LoadOptions, load, terminal_progress
+from megalith.runtime.pinned_ring import RingSize
 
-MAPPED = LoadOptions(way="mapped", threads=3)
-RING = LoadOptions(way="ring", threads=3)
+# the test's file is 200 KiB: slots and pieces so small that it takes several
+SMALL, OF_A_CHUNK = RingSize(3, 32 << 10), RingSize(3, 128 << 10)
+MAPPED = LoadOptions(way="mapped", ring=SMALL, register_threads=3)
+RING = LoadOptions(way="ring", ring=SMALL)
 
 
 @dataclass
@@ -98,18 +101,11 @@ def expected(packed: PackedFile) -> bytearray:
 
 
 @pytest.fixture(autouse=True)
-def _small_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test's file is 200 KiB: slots and pieces so small that it takes several."""
-    monkeypatch.setattr(pinned_ring, "SLOT_BYTES", 32 << 10)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_PIECE_BYTES", 48 << 10)
 
 
-@pytest.fixture
-def slots_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned_ring, "SLOT_BYTES", 128 << 10)
-
-
-@pytest.mark.parametrize("options", [MAPPED, RING, replace(RING, direct=True), replace(RING, threads=1)])
+@pytest.mark.parametrize("options", [MAPPED, RING, replace(RING, direct=True), replace(RING, ring=RingSize(1, 32 << 10))])
 def test_every_byte_arrives(packed_llama: Path, options: LoadOptions) -> None:
     with PackedFile(packed_llama) as packed:
         target, done = device(packed), list[int]()
@@ -139,13 +135,12 @@ def test_the_ring_is_the_default(packed_llama: Path) -> None:
         assert target.memory == expected(packed)
 
 
-@pytest.mark.usefixtures("slots_of_a_chunk")
 @pytest.mark.parametrize("options", [MAPPED, RING])
 @pytest.mark.parametrize("place", ["image", "rope"])
 def test_verification_finds_a_flipped_bit(packed_llama: Path, options: LoadOptions, place: str) -> None:
     with PackedFile(packed_llama) as packed:
         target = device(packed)
-        load(packed, target.base, target, replace(options, verify=True))
+        load(packed, target.base, target, replace(options, ring=OF_A_CHUNK, verify=True))
         assert target.memory == expected(packed)
         section = packed.header.section(place)
     data = bytearray(packed_llama.read_bytes())
@@ -154,20 +149,19 @@ def test_verification_finds_a_flipped_bit(packed_llama: Path, options: LoadOptio
     packed_llama.write_bytes(data)
     with PackedFile(packed_llama) as packed:
         with pytest.raises(CorruptionError, match="do not match their checksum"):
-            load(packed, target.base, target, replace(options, verify=True))
+            load(packed, target.base, target, replace(options, ring=OF_A_CHUNK, verify=True))
         load(packed, target.base, target, options)
     assert target.is_clean
 
 
-@pytest.mark.usefixtures("slots_of_a_chunk")
 def test_the_rings_pieces_hold_every_chunk_once(packed_llama: Path) -> None:
     with PackedFile(packed_llama) as packed:
         span = FileSpan.of(packed.header)
-        pieces = list(pinned_ring.chunk_pieces(packed, span))
+        pieces = list(pinned_ring.chunk_pieces(packed, span, OF_A_CHUNK.slot_bytes))
         at = span.offset
         for piece in pieces:
             assert piece.offset == at
-            assert piece.nbytes <= pinned_ring.SLOT_BYTES
+            assert piece.nbytes <= OF_A_CHUNK.slot_bytes
             at += piece.nbytes
         assert at == span.offset + span.nbytes
         numbers = [number for piece in pieces for _, _, number in piece.chunks]

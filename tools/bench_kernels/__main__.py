@@ -1,4 +1,4 @@
-"""`python tools/bench_kernels [NAME ...]`: run the kernels' benchmarks on this machine's GPU and print their rows."""
+"""`python tools/bench_kernels [NAME[:FUNCTION] ...]`: benchmarks of the kernels on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def main() -> None:
         raise SystemExit("no CUDA device")
     print(gpu.name, gpu.arch)
     for name in sys.argv[1:] or sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py")):
-        for row in importlib.import_module(name).bench(gpu):
+        module, _, function = name.partition(":")
+        for row in getattr(importlib.import_module(module), function or "bench")(gpu):
             print("  ".join(f"{key}={shown(value)}" for key, value in row.items()), flush=True)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from megalith.runtime.attention_plan import decode_attention
 from megalith.runtime.gpu_buffers import MAX_SPLITS
 from megalith.runtime.gpu_buffers import PAGE_TOKENS as PAGE
-from megalith.runtime.gpu_program import ATTENTION_SLICE, ATTENTION_WARPS, split_workers
 
 _MODELS = [("qwen3-4b", 32, 8, 128, 1), ("llama-1b", 32, 8, 64, 0)]  # heads, kv heads, head_dim, QK_NORM
 _WORK = [(1, 128), (1, 2048), (1, 8192), (8, 512), (32, 512), (128, 512)]  # batch, context
@@ -38,17 +38,16 @@ def _row(
     weight = gpu.array(np.full(head_dim, 0x3F80, np.uint16))  # 1.0
     rope = gpu.array(rng.standard_normal((context, head_dim // 2, 2)).astype(np.float32))
     out = gpu.zeros((batch, num_heads * head_dim), np.uint16)
-    ring_slots = 3 if panels == 1 else 2
+    build = decode_attention(head_dim, group, num_kv_heads, gpu.shared_limit + 1024)
     kernel = gpu.compile(
-        "attention_decode", "attention_decode", ELEMENT_BF16=1, HEAD_DIM=head_dim, GROUP=group, QK_NORM=norm, NORM_F32=0,
-        HAS_SINKS=0, SINKS_F32=0, ACTIVATION_TILED=0, ACTIVATION_LANE_COLUMNS=8, EARLY_READS=1, RING_SLOTS=ring_slots,
+        "attention_decode", "attention_decode", ELEMENT_BF16=1, **build.defines(), QK_NORM=norm, NORM_F32=0,
+        HAS_SINKS=0, SINKS_F32=0, ACTIVATION_TILED=0, ACTIVATION_LANE_COLUMNS=8, EARLY_READS=1,
     )  # fmt: skip
     sums = gpu.zeros((batch, num_kv_heads, MAX_SPLITS, group, head_dim), np.float32)
     stats = gpu.zeros((batch, num_kv_heads, MAX_SPLITS, group, 2), np.float32)
     positions, slots = gpu.array(np.full(batch, context - 1, np.int32)), gpu.array(np.arange(batch, dtype=np.int32))
     arrived = gpu.zeros((batch, num_kv_heads), np.uint32)
-    grid = (split_workers(context), num_kv_heads, batch)
-    shared_bytes = ATTENTION_WARPS * ring_slots * 2 * panels * ATTENTION_SLICE * 128
+    grid = (build.workers(context, batch, gpu.num_sms), build.blocks, batch)
 
     def all_layers() -> None:
         for layer in range(layers):
@@ -57,7 +56,7 @@ def _row(
                 np.int32(pages), int(cache.data.ptr) + layer * layer_bytes, np.int32(0), 0, out, np.int32(num_heads * head_dim),
                 sums, stats, np.int32(MAX_SPLITS), arrived,
             )  # fmt: skip
-            gpu.launch(kernel, grid, (32 * ATTENTION_WARPS, 1, 1), args, shared_bytes=shared_bytes)
+            gpu.launch(kernel, grid, (build.threads, 1, 1), args, shared_bytes=build.shared_bytes)
 
     seconds = gpu.time(all_layers) / layers
     gigabytes = batch * context * num_kv_heads * head_dim * 4 / seconds / 1e9

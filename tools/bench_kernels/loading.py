@@ -1,18 +1,28 @@
-"""Loading a packed file: from the page cache by mapping and by the ring, and cold through the ring.
+"""Loading a packed file that is in the page cache: the ring by threads, slots, streams and kinds of memory, and the mapped way.
 
+`python tools/bench_kernels loading` takes about a minute; `loading:cold` reads from storage. As a program of its own this file
+needs no GPU: `python tools/bench_kernels/loading.py [FILE]` prints what the page cache gives the ring's threads when nothing is
+copied on, and as many processes for comparison.
 The file is the one that $MEGALITH_BENCH_FILE names, or one in the shape of Qwen3-4B with random weights, made in $TMPDIR (16 GB
 while it is converted) and removed again. Evicting a file from the page cache needs nobody else to use it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
+import mmap
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +32,222 @@ from megalith.format.reader import PackedFile
 from megalith.runtime.arena import FileSpan
 from megalith.runtime.copying import CudaCopier
 from megalith.runtime.loading import LoadOptions, load
+from megalith.runtime.pinned_ring import RingSize, load_ring, slices
 
-_REPEATS = 5
-_SAMPLE_BYTES = 64 << 20
-_MAPPED = LoadOptions(way="mapped")
-_RING = LoadOptions(way="ring", direct=False)
-VARIANTS = [
-    *((f"mapped, {n} threads", replace(_MAPPED, threads=n), False) for n in (1, 4, 8)),
-    ("mapped, 8 threads, verified", replace(_MAPPED, verify=True), False),
-    *((f"ring, {n} threads", replace(_RING, threads=n), False) for n in (4, 8, 16)),
-    ("ring, 16 threads, verified", replace(_RING, threads=16, verify=True), False),
-    ("cold, ring, 16 threads", replace(_RING, threads=16), True),
-    ("cold, ring, 16 threads, O_DIRECT", replace(_RING, threads=16, direct=True), True),
-    ("cold, mapped", _MAPPED, True),
-]
+_MIB = 1 << 20
+_REPEATS, _COLD_REPEATS, _HOST_REPEATS = 3, 3, 3
+_THREADS, _SLOTS, _STREAMS = (4, 8, 16), (_MIB // 2, _MIB, 2 * _MIB, 8 * _MIB), (1, 2)
+_HOST_BYTES = 2 << 30  # of the file
+_HOST_THREADS, _HOST_SLOTS = (1, 2, 4, 8, 16), (_MIB // 4, _MIB, 2 * _MIB, 8 * _MIB)
+_HUGE_PAGE_BYTES = 2 * _MIB
+_MADV_HUGEPAGE = 14
+_WRITE_COMBINED = 4  # CU_MEMHOSTALLOC_WRITECOMBINED
+
+
+class HugePageCopier(CudaCopier):
+    """Slots in memory that asks for huge pages, registered with the driver."""
+
+    def __init__(self, *streams: int) -> None:
+        super().__init__(*streams)
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES)
+        start = ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
+        address = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        memory.madvise(_MADV_HUGEPAGE)
+        ctypes.memset(address, 1, nbytes)
+        self._call("cuMemHostRegister", address, nbytes, 0)
+        self._maps[address] = memory
+        return address
+
+    def free_pinned(self, address: int) -> None:
+        self._call("cuMemHostUnregister", address)
+        del self._maps[address]
+
+
+class WriteCombinedCopier(CudaCopier):
+    """Slots that the processor's caches do not hold."""
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        return int(self._call("cuMemHostAlloc", nbytes, _WRITE_COMBINED))
+
+
+class HostCopier:
+    """Copies nothing, and has its slots already: what is left is reading."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = mmap.mmap(-1, nbytes)
+        self._address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._memory))
+        ctypes.memset(self._address, 1, nbytes)
+
+    def attach(self) -> None:
+        """There is no device."""
+
+    def register(self, address: int, nbytes: int) -> bool:
+        return False
+
+    def unregister(self, address: int) -> None:
+        """Nothing was registered."""
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        return self._address
+
+    def free_pinned(self, address: int) -> None:
+        """They go with this object."""
+
+    def copy(self, target: int, source: int, nbytes: int) -> object:
+        return source
+
+    def wait(self, copied: object) -> None:
+        """At once."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    options: LoadOptions
+    streams: int = 1
+    copier: type[CudaCopier] = CudaCopier
+    is_cold: bool = False
+
+
+def ring(threads: int, slot_bytes: int) -> LoadOptions:
+    return LoadOptions(way="ring", direct=False, ring=RingSize(threads, slot_bytes))
+
+
+def variants() -> Iterator[Variant]:
+    """What `bench` measures."""
+    for streams in _STREAMS:
+        for threads in _THREADS:
+            for slot_bytes in _SLOTS:
+                name = f"ring, {threads} threads, slots of {slot_bytes / _MIB:g} MiB, {streams} streams"
+                yield Variant(name, ring(threads, slot_bytes), streams)
+    for threads in (8, 16):
+        for slot_bytes in (_MIB, 8 * _MIB):
+            what = f"{threads} threads, slots of {slot_bytes // _MIB} MiB"
+            yield Variant(f"ring, {what}, huge pages", ring(threads, slot_bytes), copier=HugePageCopier)
+            yield Variant(f"ring, {what}, write-combined", ring(threads, slot_bytes), copier=WriteCombinedCopier)
+            yield Variant(f"ring, {what}, verified", replace(ring(threads, slot_bytes), verify=True))
+    for threads in (1, 8):
+        yield Variant(f"mapped, {threads} threads", LoadOptions(way="mapped", register_threads=threads))
 
 
 def bench(gpu: Any) -> list[dict[str, Any]]:
-    """One row per way; bytes are compared with the file's before the first timing of each."""
-    with _file() as path, PackedFile(path) as packed:
+    """Host alone, then one row per variant; every load's bytes are compared with the file's."""
+    with _file() as path:
+        command = [sys.executable, __file__, str(path)]  # a process without a context: it forks
+        rows: list[dict[str, Any]] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        return rows + _allocations(gpu) + _rows(gpu, path, list(variants()))
+
+
+def _allocations(gpu: Any) -> list[dict[str, Any]]:
+    """What pinning the slots takes of a load."""
+    rows = []
+    for size in sorted({RingSize(threads, slot_bytes).nbytes for threads in _THREADS for slot_bytes in _SLOTS}):
+        copier, seconds = CudaCopier(gpu.stream.ptr), []
+        for _ in range(_REPEATS):
+            begun = time.perf_counter()
+            address = copier.allocate_pinned(size)
+            seconds.append(time.perf_counter() - begun)
+            copier.free_pinned(address)
+        rows.append(_result(f"pinning {size // _MIB} MiB", size, seconds))
+    return rows
+
+
+def cold(gpu: Any) -> list[dict[str, Any]]:
+    """From storage."""
+    with _file() as path:
+        found = [
+            Variant("cold, ring", ring(16, 8 * _MIB), is_cold=True),
+            Variant("cold, ring, O_DIRECT", replace(ring(16, 8 * _MIB), direct=True), is_cold=True),
+            Variant("cold, mapped", LoadOptions(way="mapped"), is_cold=True),
+        ]
+        return _rows(gpu, path, found)
+
+
+def _rows(gpu: Any, path: Path, found: Sequence[Variant]) -> list[dict[str, Any]]:
+    with PackedFile(path) as packed:
         span = FileSpan.of(packed.header)
-        arena = gpu.empty_poisoned((span.nbytes,), np.uint8)
-        return [_row(gpu, packed, span, arena, *variant) for variant in VARIANTS]
+        arena, reference = (gpu.empty_poisoned((span.nbytes,), np.uint8) for _ in range(2))
+        gpu.synchronize()
+        for begin in range(0, span.nbytes, 64 * _MIB):
+            nbytes = min(64 * _MIB, span.nbytes - begin)
+            reference[begin : begin + nbytes] = gpu.array(np.frombuffer(packed.read(span.offset + begin, nbytes), np.uint8))
+        return [_row(gpu, packed, span, arena, reference, variant) for variant in found]
 
 
-def _row(
-    gpu: Any, packed: PackedFile, span: FileSpan, arena: Any, name: str, options: LoadOptions, is_cold: bool
-) -> dict[str, Any]:
-    copier, seconds = CudaCopier(gpu.stream.ptr), []
-    gpu.cupy.cuda.runtime.memsetAsync(arena.data.ptr, 0xFF, arena.nbytes, gpu.stream.ptr)
-    gpu.synchronize()
-    report = load(packed, int(arena.data.ptr), copier, options)  # also brings the file into the page cache, unless direct
-    _check(gpu, packed, span, arena)
-    for _ in range(_REPEATS):
-        if is_cold:
+def _row(gpu: Any, packed: PackedFile, span: FileSpan, arena: Any, reference: Any, variant: Variant) -> dict[str, Any]:
+    others = [gpu.cupy.cuda.Stream(non_blocking=True) for _ in range(variant.streams - 1)]
+    copier, seconds = variant.copier(gpu.stream.ptr, *(stream.ptr for stream in others)), []
+    for _ in range(_COLD_REPEATS if variant.is_cold else _REPEATS):
+        gpu.cupy.cuda.runtime.memsetAsync(arena.data.ptr, 0xFF, arena.nbytes, gpu.stream.ptr)
+        gpu.synchronize()
+        if variant.is_cold:
             os.fsync(packed.fileno())
             os.posix_fadvise(packed.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        report = load(packed, int(arena.data.ptr), copier, options)
+        report = load(packed, int(arena.data.ptr), copier, variant.options)
         seconds.append(report.seconds)
+        if not bool(gpu.cupy.array_equal(arena, reference)):
+            raise SystemExit(f"{variant.name}: what was loaded is not what the file holds")
+    return _result(variant.name, span.nbytes, seconds)
+
+
+def _result(name: str, nbytes: int, seconds: Sequence[float]) -> dict[str, Any]:
     median = statistics.median(seconds)
     return {
-        "kernel": "loading", "name": name, "nbytes": span.nbytes, "mapped_bytes": report.mapped_bytes,
-        "direct": report.is_direct, "ms": median * 1e3, "gbytes_per_s": span.nbytes / median / 1e9,
+        "kernel": "loading", "name": name, "ms": median * 1e3, "gbytes_per_s": nbytes / median / 1e9,
+        "best_gbytes_per_s": nbytes / min(seconds) / 1e9,
     }  # fmt: skip
 
 
-def _check(gpu: Any, packed: PackedFile, span: FileSpan, arena: Any) -> None:
-    for begin in range(0, span.nbytes, _SAMPLE_BYTES):
-        stop = min(begin + _SAMPLE_BYTES, span.nbytes)
-        if gpu.get(arena[begin:stop]).tobytes() != packed.read(span.offset + begin, stop - begin):
-            raise SystemExit(f"loaded bytes {begin} to {stop} are not the file's")
+# ---- without a GPU -------------------------------------------------------------------------------------------------------
+
+
+def host_rows(path: Path) -> list[dict[str, Any]]:
+    """The ring's threads, and processes, that read the same part of the file into slots of their own."""
+    rows = []
+    with PackedFile(path) as packed:
+        span = FileSpan.of(packed.header)
+        nbytes = min(span.nbytes, _HOST_BYTES)
+        _read_by_process(str(path), span.offset, nbytes, 8 * _MIB)  # into the page cache
+        for count in _HOST_THREADS:
+            for slot_bytes in _HOST_SLOTS:
+                threads = [_by_threads(packed, span.offset, nbytes, RingSize(count, slot_bytes)) for _ in range(_HOST_REPEATS)]
+                slots = f"slots of {slot_bytes / _MIB:g} MiB"
+                rows.append(_result(f"host alone, {count} threads, {slots}", nbytes, threads))
+                if slot_bytes in (_MIB, 8 * _MIB):
+                    processes = [_by_processes(path, span.offset, nbytes, count, slot_bytes) for _ in range(_HOST_REPEATS)]
+                    rows.append(_result(f"host alone, {count} processes, {slots}", nbytes, processes))
+    return rows
+
+
+def _by_threads(packed: PackedFile, offset: int, nbytes: int, size: RingSize) -> float:
+    pieces, copier = list(slices(offset, nbytes, size.slot_bytes)), HostCopier(size.nbytes)
+    begun = time.perf_counter()
+    load_ring(packed, offset, 0, copier, pieces, size, -1, lambda _: None)
+    return time.perf_counter() - begun
+
+
+def _by_processes(path: Path, offset: int, nbytes: int, count: int, slot_bytes: int) -> float:
+    """Seconds of the slowest, each with an equal part of the file."""
+    part = -(-nbytes // count)
+    parts = [(str(path), offset + i * part, min(part, nbytes - i * part), slot_bytes) for i in range(count)]
+    with get_context("fork").Pool(count) as pool:
+        return max(pool.starmap(_read_by_process, parts, chunksize=1))
+
+
+def _read_by_process(path: str, offset: int, nbytes: int, slot_bytes: int) -> float:
+    slots = memoryview(mmap.mmap(-1, 2 * slot_bytes))
+    slots[:] = bytes(2 * slot_bytes)
+    descriptor = os.open(path, os.O_RDONLY)
+    begun = time.perf_counter()
+    for turn, at in enumerate(range(offset, offset + nbytes, slot_bytes)):
+        begin = turn % 2 * slot_bytes
+        os.preadv(descriptor, [slots[begin : begin + min(slot_bytes, offset + nbytes - at)]], at)
+    seconds = time.perf_counter() - begun
+    os.close(descriptor)
+    return seconds
 
 
 @contextmanager
@@ -91,3 +267,12 @@ def _file() -> Iterator[Path]:
         convert(checkpoint, path, Options())
         shutil.rmtree(checkpoint)
         yield path
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(host_rows(Path(sys.argv[1]))))
+    else:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        with _file() as made:
+            print(json.dumps(host_rows(made), indent=1))

@@ -1,0 +1,70 @@
+"""What is said to be needed covers whatever passes within the limits ask for, and is little more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+from golden_models import GoldenModel
+
+import megalith
+from megalith.converter.plan import Options
+from megalith.format.index import Index
+from megalith.runtime.compile import Build
+from megalith.runtime.gpu_buffers import Limits, device_buffers
+from megalith.runtime.gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma
+from megalith.runtime.launch import Launch
+from megalith.runtime.needed_kernels import KernelNeeds, batch_bucket, batch_buckets, token_classes
+
+NUM_SMS = 132
+CASES = [("llama2", "sm_90a"), ("qwen3", "sm_90a"), ("qwen3", "sm_89"), ("mistral_window", "sm_80"), ("qwen2", "sm_120")]
+
+
+class Asked:
+    """Every kernel that the whole program asks for."""
+
+    def __init__(self, index: Index, limits: Limits, arch: str) -> None:
+        self.kernels: set[tuple[Build, str]] = set()
+        places = Places(0, 0, {buffer.name: 0 for buffer in device_buffers(index.config, limits)})
+        self.program = GpuProgram(index, limits, places, arch, self._get)
+
+    def _get(self, build: Build, entry: str) -> Asked:
+        self.kernels.add((build, entry))
+        return self
+
+    def bind(self, *arguments: object, **named: object) -> Launch:
+        return cast(Launch, None)
+
+
+@pytest.mark.parametrize(("name", "arch"), CASES)
+@pytest.mark.parametrize("mxfp4", [False, True])
+def test_every_pass_finds_its_kernels(name: str, arch: str, mxfp4: bool, tmp_path: Path) -> None:
+    path = GoldenModel(name).pack(tmp_path, Options(linear="mxfp4") if mxfp4 else None)
+    with megalith.open(path) as packed:
+        index = packed.index
+    has_wgmma = can_use_wgmma(arch, index.config)
+    limits = Limits(70, 4096, 1500, 64, NUM_SMS, (228 if arch == "sm_90a" else 100) << 10, has_wgmma)
+    needs, asked = KernelNeeds(index, limits, arch), Asked(index, limits, arch)
+    everything = needs.everything()
+    assert len(set(everything)) == len(everything)
+    for batch in batch_buckets(limits.max_sequences):
+        asked.program.decode(batch, 1, DecodePass(0, 0))
+    counts = [*range(1, 40), *np.random.default_rng(0).integers(40, 1501, 60).tolist(), 1500]
+    for count in counts:
+        asked.program.prefill(PrefillPass(count, 1, min(count, limits.max_sequences), *[0] * 6))
+    asked.program.mask(1, 0)
+    asked.program.sample(1, 0, 0)
+    asked.program.count_tokens(0, 0, 1, False)
+    assert asked.kernels <= set(everything)
+    assert set(needs.decode([1])) < set(everything)
+    assert len(everything) < 90
+
+
+def test_buckets_and_classes() -> None:
+    assert batch_buckets(11) == [1, 2, 4, 8, 11]
+    assert batch_buckets(64) == [1, 2, 4, 8, 16, 32, 64]
+    assert [batch_bucket(count, 11) for count in (1, 3, 8, 9, 11)] == [1, 4, 8, 11, 11]
+    assert token_classes(40) == [1, 16, 32, 40]
+    assert token_classes(7) == [1, 7]
