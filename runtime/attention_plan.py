@@ -94,12 +94,18 @@ class DecodeAttention:
     head_dim: int
     group: int
     num_kv_heads: int
+    num_sms: int
     warps: int
     ring_slots: int
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
+
+    @property
+    def max_splits(self) -> int:
+        """Splits of the longest contexts: a power of two, so many that one sequence has a block on most multiprocessors."""
+        return max(4, min(MAX_SPLITS, 1 << (max(1, self.num_sms // self.blocks).bit_length() - 1)))
 
     @property
     def shared_bytes(self) -> int:
@@ -119,31 +125,35 @@ class DecodeAttention:
         return self.num_kv_heads * -(-self.group // 16)
 
     def defines(self) -> dict[str, int | str]:
-        return {"HEAD_DIM": self.head_dim, "GROUP": self.group, "WARPS": self.warps, "RING_SLOTS": self.ring_slots}
+        return {
+            "HEAD_DIM": self.head_dim, "GROUP": self.group, "WARPS": self.warps, "RING_SLOTS": self.ring_slots,
+            "MAX_SPLITS": self.max_splits,
+        }  # fmt: skip
 
-    def workers(self, longest: int, batch: int, num_sms: int) -> int:
+    def workers(self, longest: int, batch: int) -> int:
         """Blocks that share the context of a sequence: as many as the longest of a batch has splits, a power of two, but no
         more than keep the grid at 32 blocks a multiprocessor, as most are empty where one sequence is much longer than the
         others. Workers take several splits each; what a sequence gets does not depend on their number.
         """
-        most = max(1, _BLOCKS_PER_SM * num_sms // (batch * self.blocks))
-        wanted = next(count for count in SPLIT_WORKERS if count * MIN_SPLIT_TOKENS >= longest or count == MAX_SPLITS)
+        most = max(1, _BLOCKS_PER_SM * self.num_sms // (batch * self.blocks))
+        wanted = next(count for count in SPLIT_WORKERS if count * MIN_SPLIT_TOKENS >= longest or count == self.max_splits)
         return max(count for count in SPLIT_WORKERS if count <= min(wanted, most))
 
-    def reachable_workers(self, max_seq_len: int, batch: int, num_sms: int) -> list[int]:
+    def reachable_workers(self, max_seq_len: int, batch: int) -> list[int]:
         """All that `workers` gives for sequences up to this length."""
-        most = self.workers(max_seq_len, batch, num_sms)
+        most = self.workers(max_seq_len, batch)
         return [count for count in SPLIT_WORKERS if count <= most]
 
 
-def decode_attention(head_dim: int, group: int, num_kv_heads: int, shared_limit: int) -> DecodeAttention:
+def decode_attention(head_dim: int, group: int, num_kv_heads: int, shared_limit: int, num_sms: int) -> DecodeAttention:
     """The build for a GPU whose multiprocessors have `shared_limit` bytes of shared memory; UnsupportedError where none fits.
 
-    Two slots a ring for wide heads, so that two products fit beside it (see `linear_shape`); fewer warps where four do not fit.
+    On sm_90 exactly one fits beside two products, and no two fit beside one (see `linear_shape`): shared memory and registers
+    of narrow heads' eight warps and of wide heads' four are chosen for that. Elsewhere there are fewer warps where four do not fit.
     """
-    wide = head_dim > 64
-    for warps, ring_slots in ((4, 2 if wide else 3), (2, 3), (2, 2)):
-        build = DecodeAttention(head_dim, group, num_kv_heads, warps, ring_slots)
+    choices = ((4, 2), (2, 3), (2, 2)) if head_dim > 64 else ((8, 2), (4, 3))
+    for warps, ring_slots in choices:
+        build = DecodeAttention(head_dim, group, num_kv_heads, num_sms, warps, ring_slots)
         if build.shared_bytes + build.static_bytes + _RESERVED_BYTES <= shared_limit:
             return build
     needed = build.shared_bytes + build.static_bytes + _RESERVED_BYTES

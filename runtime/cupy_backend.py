@@ -246,7 +246,7 @@ class CupyBackend:
         attention = self.program.decode_attention
         for batch in batch_buckets(self.limits.max_sequences):
             nobody = np.full(batch, -1, np.int32)
-            for workers in attention.reachable_workers(self.limits.max_seq_len, batch, self.limits.num_sms):
+            for workers in attention.reachable_workers(self.limits.max_seq_len, batch):
                 for sampled in (False, True):
                     self._enqueue_decode(nobody, nobody, workers, sampled)
         count = self.limits.max_prefill_tokens
@@ -288,7 +288,7 @@ class CupyBackend:
         """
         batch = batch_bucket(len(positions), self.limits.max_sequences)
         padding = np.full(batch - len(positions), -1, np.int32)
-        workers = self.program.decode_attention.workers(int(positions.max()) + 1, batch, self.limits.num_sms)
+        workers = self.program.decode_attention.workers(int(positions.max()) + 1, batch)
         self._enqueue_decode(np.concatenate([positions, padding]), np.concatenate([slots, padding]), workers, sampled)
 
     def _enqueue_decode(self, positions: NDArray[np.int32], slots: NDArray[np.int32], workers: int, sampled: bool) -> None:

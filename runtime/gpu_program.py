@@ -17,7 +17,7 @@ from megalith.format.tiles import padded
 from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention, decode_attention
 from .compile import Build
 from .gemm_plan import gemm_shape
-from .gpu_buffers import COLUMN_UNIT, MAX_SPLITS, RING_STEPS, Limits, page_bytes, qkv_rows
+from .gpu_buffers import COLUMN_UNIT, RING_STEPS, Limits, page_bytes, qkv_rows
 from .launch import Argument, Dim3, Launch
 from .linear_plan import THREADS, linear_shape
 from .program import Kind, Operation, build_program
@@ -101,7 +101,9 @@ class GpuProgram:
         has_wgmma = arch == "sm_90a" and self.config.head_dim in WGMMA_HEAD_DIMS
         self.prefill_attention = PrefillAttention(self.config.head_dim, has_wgmma)
         num_kv_heads = self.config.num_key_value_heads
-        self.decode_attention = decode_attention(self.config.head_dim, self.group, num_kv_heads, limits.shared_limit)
+        self.decode_attention = decode_attention(
+            self.config.head_dim, self.group, num_kv_heads, limits.shared_limit, limits.num_sms
+        )
         self.logits_pitch = row_pitch(self.config.vocab_size)
 
     # ---- passes ----------------------------------------------------------------------------------------------------
@@ -285,9 +287,7 @@ class GpuProgram:
             f32(config.rms_norm_eps), self._clip(), self._places.rope, step.positions, step.slots,
             self._places["block_table"], i32(self._limits.pages_per_sequence), self._places["q"], self._cache(op.layer),
         )  # fmt: skip
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        grid = (step.num_tokens, 1 if config.qk_norm == "full" else -(-heads // 8), 1)
-        return self._launch("qkv_post", "qkv_post", self._qkv_defines(op), grid, (256, 1, 1), args)
+        return self._launch("qkv_post", "qkv_post", self._qkv_defines(op), (step.num_tokens, 1, 1), (256, 1, 1), args)
 
     def _attention_prefill(self, op: Operation, qkv: Operation, step: PrefillPass, tiled: bool) -> Launch:
         config, build = self.config, self.prefill_attention
@@ -319,7 +319,7 @@ class GpuProgram:
             self._blob(qkv.k_norm) if qkv.k_norm >= 0 else 0, f32(config.rms_norm_eps), self._clip(), self._places.rope,
             step.positions, step.slots, self._places["block_table"], i32(self._limits.pages_per_sequence),
             self._cache(op.layer), i32(op.window), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
-            self._places["attention_sums"], self._places["attention_stats"], i32(MAX_SPLITS), self._places["attention_arrived"],
+            self._places["attention_sums"], self._places["attention_stats"], i32(build.max_splits), self._places["attention_arrived"],
         )  # fmt: skip
         grid = (workers, build.blocks, batch)
         return self._launch(

@@ -87,7 +87,7 @@ def _attention(arch: str) -> Iterator[Build]:
     ):
         heads: Defines = {"ELEMENT_BF16": 1, "HEAD_DIM": head_dim, "QK_NORM": norm, "NORM_F32": 0}
         yield Build.of("qkv_post", arch, **heads)
-        launch = decode_attention(head_dim, group, 1, SHARED_LIMIT_BYTES[arch])
+        launch = decode_attention(head_dim, group, 1, SHARED_LIMIT_BYTES[arch], 132)
         more: Defines = {"HAS_SINKS": sinks, "ACTIVATION_TILED": 0, "ACTIVATION_LANE_COLUMNS": 8, "EARLY_READS": 1}
         yield Build.of("attention_decode", arch, **{**heads, **launch.defines(), **more}, SINKS_F32=0)
     output: Defines = {"ELEMENT_BF16": 1, "Y_TILED": 1, "Y_LANE_COLUMNS": 8, "SINKS_F32": 0}

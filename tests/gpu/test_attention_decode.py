@@ -124,7 +124,7 @@ def run(gpu: Any, case: Case, workers: int, early_reads: int = 0, shared_limit: 
     unit = 128 if case.lane_columns == 32 else 64
     padded, pitch = -(-columns // unit) * unit, -(-batch // 8) * 8 + 8
     pool, table = cache(case)
-    build = decode_attention(heads.head_dim, group, heads.num_kv_heads, min(shared_limit, gpu.shared_limit + 1024))
+    build = decode_attention(heads.head_dim, group, heads.num_kv_heads, min(shared_limit, gpu.shared_limit + 1024), gpu.num_sms)
     blocks, rows = build.blocks, min(group, 16)
     defines = {
         **heads.defines, **build.defines(), "HAS_SINKS": int(case.sinks is not None), "SINKS_F32": 0,
@@ -207,20 +207,20 @@ def test_builds_for_less_shared_memory(gpu: Any, case: Case) -> None:
 def test_builds_fit_every_gpu(shared_limit: int) -> None:
     for head_dim in range(2, 257, 2):
         for group in (1, 8, 16, 40):
-            build = decode_attention(head_dim, group, 2, shared_limit)
+            build = decode_attention(head_dim, group, 2, shared_limit, 132)
             assert build.shared_bytes + build.static_bytes <= shared_limit - 1024
-            assert build.warps == 4 or shared_limit < 228 << 10
-    assert decode_attention(128, 4, 8, 100 << 10).warps == 4
+            assert build.warps == (8 if head_dim <= 64 else 4) or shared_limit < 228 << 10
+    assert decode_attention(128, 4, 8, 100 << 10, 132).warps == 4
 
 
 def test_workers_are_bounded_and_never_too_few() -> None:
-    build = decode_attention(128, 4, 8, 228 << 10)
-    assert [build.workers(n, 1, 132) for n in (1, 256, 257, 1024, 8192, 40960)] == [1, 1, 2, 4, 32, 32]
-    assert [build.workers(40960, batch, 132) for batch in (1, 16, 32, 64, 128, 256)] == [32, 32, 16, 8, 4, 2]
+    build = decode_attention(128, 4, 8, 228 << 10, 132)
+    assert [build.workers(n, 1) for n in (1, 256, 257, 1024, 8192, 40960)] == [1, 1, 2, 4, 16, 16]
+    assert [build.workers(40960, batch) for batch in (1, 16, 32, 64, 128, 256)] == [16, 16, 16, 8, 4, 2]
     for batch in (1, 7, 64, 1000):
-        assert build.workers(40960, batch, 132) * batch * build.blocks <= max(32 * 132, batch * build.blocks)
-        found = {build.workers(n, batch, 132) for n in range(1, 9000)}
-        assert sorted(found) == build.reachable_workers(9000, batch, 132)
+        assert build.workers(40960, batch) * batch * build.blocks <= max(32 * 132, batch * build.blocks)
+        found = {build.workers(n, batch) for n in range(1, 9000)}
+        assert sorted(found) == build.reachable_workers(9000, batch)
         assert found <= set(SPLIT_WORKERS)
 
 

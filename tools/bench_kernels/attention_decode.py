@@ -38,7 +38,7 @@ def _row(
     weight = gpu.array(np.full(head_dim, 0x3F80, np.uint16))  # 1.0
     rope = gpu.array(rng.standard_normal((context, head_dim // 2, 2)).astype(np.float32))
     out = gpu.zeros((batch, num_heads * head_dim), np.uint16)
-    build = decode_attention(head_dim, group, num_kv_heads, gpu.shared_limit + 1024)
+    build = decode_attention(head_dim, group, num_kv_heads, gpu.shared_limit + 1024, gpu.num_sms)
     kernel = gpu.compile(
         "attention_decode", "attention_decode", ELEMENT_BF16=1, **build.defines(), QK_NORM=norm, NORM_F32=0,
         HAS_SINKS=0, SINKS_F32=0, ACTIVATION_TILED=0, ACTIVATION_LANE_COLUMNS=8, EARLY_READS=1,
@@ -47,14 +47,14 @@ def _row(
     stats = gpu.zeros((batch, num_kv_heads, MAX_SPLITS, group, 2), np.float32)
     positions, slots = gpu.array(np.full(batch, context - 1, np.int32)), gpu.array(np.arange(batch, dtype=np.int32))
     arrived = gpu.zeros((batch, num_kv_heads), np.uint32)
-    grid = (build.workers(context, batch, gpu.num_sms), build.blocks, batch)
+    grid = (build.workers(context, batch), build.blocks, batch)
 
     def all_layers() -> None:
         for layer in range(layers):
             args = (
                 qkv, np.int32(rows), weight, weight, np.float32(1e-6), np.float32(np.inf), rope, positions, slots, table,
                 np.int32(pages), int(cache.data.ptr) + layer * layer_bytes, np.int32(0), 0, out, np.int32(num_heads * head_dim),
-                sums, stats, np.int32(MAX_SPLITS), arrived,
+                sums, stats, np.int32(build.max_splits), arrived,
             )  # fmt: skip
             gpu.launch(kernel, grid, (build.threads, 1, 1), args, shared_bytes=build.shared_bytes)
 
