@@ -40,8 +40,12 @@ class Engine:
         *,
         max_seq_len: int | None = None,
         cache_bytes: int | None = None,
+        use_graphs: bool = True,
     ) -> None:
-        """`cache_bytes` bounds the NumPy backend's float32 copy of the weights; default: half of the free memory."""
+        """`cache_bytes` bounds the NumPy backend's float32 copy of the weights; default: half of the free memory.
+
+        `use_graphs` is of the CuPy backend: decode steps as CUDA graphs, or one launch after the other.
+        """
         if backend not in ("auto", "numpy", "cupy"):
             raise RequestError(f"backend {printable(backend)} is none of auto, numpy, cupy")
         with PackedFile(path) as packed:
@@ -50,7 +54,7 @@ class Engine:
             if max_seq_len is not None and not 1 <= max_seq_len <= limit:
                 raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
             self.max_seq_len = max_seq_len or limit
-            self.backend: Backend = _make_backend(backend, packed, self.max_seq_len, cache_bytes)
+            self.backend: Backend = _make_backend(backend, packed, self.max_seq_len, cache_bytes, use_graphs)
             self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
         self._shown = printable(path)
 
@@ -132,10 +136,10 @@ class Engine:
         return tokens.astype(np.int64)
 
 
-def _make_backend(name: str, packed: PackedFile, max_seq_len: int, cache_bytes: int | None) -> Backend:
+def _make_backend(name: str, packed: PackedFile, max_seq_len: int, cache_bytes: int | None, use_graphs: bool) -> Backend:
     """ "auto" takes CuPy where CuPy and a device are there."""
     from .cupy_backend import CupyBackend, has_device
 
     if name == "cupy" or (name == "auto" and has_device()):
-        return CupyBackend(packed, max_seq_len=max_seq_len)
+        return CupyBackend(packed, max_seq_len=max_seq_len, use_graphs=use_graphs)
     return NumpyBackend(packed, cache_bytes)

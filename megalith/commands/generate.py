@@ -23,6 +23,7 @@ from megalith.output import print_json
 @click.option("--seed", type=int, help="Makes sampling repeatable; default: a new one each time.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token.")
 @click.option("--backend", type=click.Choice(["auto", "numpy", "cupy"]), default="auto", show_default=True)
+@click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel of a decode step by itself; NumPy has no graphs.")
 @click.option("--json", "as_json", is_flag=True, help="Print prompt ids, token ids, text and timings as JSON.")
 def generate(
     file: Path,
@@ -37,6 +38,7 @@ def generate(
     seed: int | None,
     ignore_eos: bool,
     backend: str,
+    no_cuda_graph: bool,
     as_json: bool,
 ) -> None:
     """Generate text from the packed file FILE; it streams to standard output as it comes."""
@@ -53,7 +55,7 @@ def generate(
     seed = secrets.randbits(32) if seed is None else seed
     parameters = SamplingParameters(temperature, top_k, top_p, min_p, seed)
     begun = time.perf_counter()
-    engine = megalith.load(file, backend=backend)
+    engine = megalith.load(file, backend=backend, use_graphs=not no_cuda_graph)
     loaded = time.perf_counter()
     if chat is not None:
         system_messages = [{"role": "system", "content": system}] if system is not None else []
