@@ -21,9 +21,11 @@ from .executor import SequenceStep, Ticket
 from .gpu_buffers import PAGE_TOKENS, Limits
 from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma, split_workers
 from .gpu_staging import PinnedCopies, Staging
+from .kernel_spans import TRACED_DECODE_STEPS, KernelSpans
 from .launch import Kernel, Launch, Module
 from .loading import LoadOptions, load, terminal_progress
 from .sampler import SamplingParameters
+from .trace import Trace, host_span, traced
 
 if TYPE_CHECKING:
     from .cupy_executor import CupyExecutor
@@ -124,9 +126,12 @@ class CupyBackend:
         num_pages: int | None = None,
         use_graphs: bool = True,
         verify: bool = False,
+        trace: Trace | None = None,
     ) -> None:
-        self.cupy = import_cupy()
-        self.facts = device_facts(self.cupy)
+        self._trace = trace
+        with host_span(trace, "find device"):
+            self.cupy = import_cupy()
+            self.facts = device_facts(self.cupy)
         self.config = packed.index.config
         self.max_seq_len = min(max_seq_len or self.config.max_seq_len, packed.index.rope_positions)
         self._use_graphs = use_graphs
@@ -136,7 +141,8 @@ class CupyBackend:
         self._prefill_launches: dict[PrefillPass, list[Launch]] = {}
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         wanted = planned_limits(packed, self.facts, self.max_seq_len, max_sequences, max_prefill_tokens)
-        self.plan = self._plan(packed, wanted, num_pages)
+        with host_span(trace, "plan arena"):
+            self.plan = self._plan(packed, wanted, num_pages)
         self.limits = self.plan.limits
         self._load(packed, verify)
         self.program = GpuProgram(packed.index, self.limits, self._places, self.facts.arch, self._kernel)
@@ -144,6 +150,9 @@ class CupyBackend:
         self._copies = PinnedCopies(self.cupy, max(4 * self.limits.pages_per_sequence, 256))
         self._logits = self.pinned(np.dtype(np.float32), self._nbytes("logits") // 4)
         self._executor: CupyExecutor | None = None
+        self.kernel_spans: KernelSpans | None = None
+        if trace is not None:
+            self.kernel_spans = KernelSpans(trace, self.cupy.cuda, self.stream, self.facts.name, packed.index.blobs.names)
         self._free_slots = list(range(max_sequences))[::-1]
         self._free_pages = list(range(self.limits.num_pages))[::-1]
 
@@ -160,10 +169,11 @@ class CupyBackend:
 
     def _load(self, packed: PackedFile, verify: bool) -> None:
         span = FileSpan.of(packed.header)
-        self._arena = self.cupy.cuda.alloc(self.plan.nbytes)
+        with host_span(self._trace, "allocate arena", bytes=self.plan.nbytes):
+            self._arena = self.cupy.cuda.alloc(self.plan.nbytes)
         base = self._arena.ptr
         self.cupy.cuda.runtime.memsetAsync(base + span.nbytes, 0, self.plan.nbytes - span.nbytes, self.stream.ptr)
-        with terminal_progress(span.nbytes) as progress:
+        with terminal_progress(span.nbytes) as progress, host_span(self._trace, "copy file to device", bytes=span.nbytes):
             self.load_report = load(packed, base, CudaCopier(self.stream.ptr), LoadOptions(verify=verify), progress)
         table = base + span.rope_offset + table_offset(self.config.head_dim)
         self._places = Places(base, table, self.plan.addresses(base))
@@ -191,7 +201,8 @@ class CupyBackend:
     def _kernel(self, build: Build, entry: str) -> Kernel:
         if (build, entry) not in self._kernels:
             if build not in self._modules:
-                self._modules[build] = Module(build, compiled(build))
+                with host_span(self._trace, f"compile or read {build.source}"):
+                    self._modules[build] = Module(build, compiled(build))
             self._kernels[build, entry] = self._modules[build].kernel(entry)
         return self._kernels[build, entry]
 
@@ -227,20 +238,24 @@ class CupyBackend:
         workers = split_workers(int(positions.max()) + 1)
         at = self._staging.send([np.concatenate([positions, padding]), np.concatenate([slots, padding])], self.stream)
         key = (batch, workers, sampled)
-        if not self._use_graphs:
+        spans = self.kernel_spans
+        is_traced = spans is not None and spans.begin("decode step", sequences=len(positions), longest=int(positions.max()) + 1)
+        if is_traced or not self._use_graphs:
             self._enqueue(self._decode_launches(*key, DecodePass(*at)))
             return
         if key not in self._graphs:
             launches = self._decode_launches(*key, DecodePass(*at))
-            self.stream.begin_capture()
-            try:
-                self._enqueue(launches)
-            finally:
-                self._graphs[key] = self.stream.end_capture()
+            with host_span(self._trace, "capture graph"):
+                self.stream.begin_capture()
+                try:
+                    self._enqueue(launches)
+                finally:
+                    self._graphs[key] = self.stream.end_capture()
         self._graphs[key].launch(self.stream)
 
     def _decode_launches(self, batch: int, workers: int, sampled: bool, step: DecodePass) -> list[Launch]:
-        launches = self.program.decode(batch, workers, step)
+        with host_span(self._trace, "plan launches"):
+            launches = self.program.decode(batch, workers, step)
         return [*launches, self.program.sample(batch, step.positions, step.slots)] if sampled else launches
 
     def prefill(self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int]) -> None:
@@ -253,10 +268,13 @@ class CupyBackend:
             [ids.astype(np.int32), positions.astype(np.int32), slots, table, items, np.array(rows, np.int32)], self.stream
         )
         step = PrefillPass(len(ids), len(items), len(rows), *at)
+        if self.kernel_spans is not None:
+            self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids))
         if step not in self._prefill_launches:
             if len(self._prefill_launches) == _KEPT_PREFILLS:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))
-            self._prefill_launches[step] = self.program.prefill(step)
+            with host_span(self._trace, "plan launches"):
+                self._prefill_launches[step] = self.program.prefill(step)
         self._enqueue(self._prefill_launches[step])
 
     def sample(self, rows: Rows, masks: Sequence[NDArray[np.int32] | None]) -> None:
@@ -281,6 +299,9 @@ class CupyBackend:
         return np.concatenate(found) if found else np.empty((0, self.config.vocab_size), np.float32)
 
     def _enqueue(self, launches: Sequence[Launch]) -> None:
+        if self.kernel_spans is not None and self.kernel_spans.is_on:
+            self.kernel_spans.enqueue(launches)
+            return
         for launch in launches:
             launch(self.stream.ptr)
 
@@ -338,13 +359,16 @@ class CupyBackend:
 
         executor = self._executor = self._executor or CupyExecutor(self)
         sequence, tickets = self.new_cache(), deque[Ticket]()
+        submit_steps, collect = traced(self._trace, "submit", executor.submit), traced(self._trace, "collect", executor.collect)
+        if self.kernel_spans is not None:
+            self.kernel_spans.allow(prefills=1, decode_steps=TRACED_DECODE_STEPS)
 
         def submit(ids: NDArray[np.int64] | None, is_last: bool) -> None:
             start = sequence.length
             sequence.length += 1 if ids is None else len(ids)
             self.reserve(sequence, sequence.length)
             pages = tuple(sequence.pages)
-            ticket = executor.submit([SequenceStep(sequence.slot, ids, start, pages, is_last, sequence.length)])
+            ticket = submit_steps([SequenceStep(sequence.slot, ids, start, pages, is_last, sequence.length)])
             tickets.append(ticket)
 
         try:
@@ -357,7 +381,7 @@ class CupyBackend:
                 while len(tickets) <= executor.steps_ahead and produced + 1 < count:
                     submit(None, True)
                     produced += 1
-                for sampled in executor.collect(tickets.popleft()):
+                for sampled in collect(tickets.popleft()):
                     if not sampled.finite:
                         position = len(tokens) + found
                         raise RequestError(f"logits of position {position} are not finite: the weights or the input overflow")

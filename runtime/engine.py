@@ -20,6 +20,7 @@ from .backend import Backend
 from .numpy_backend import NumpyBackend
 from .sampler import SamplingParameters
 from .tokenizer import Tokenizer
+from .trace import Trace, host_span, traced
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Engine:
         max_seq_len: int | None = None,
         cache_bytes: int | None = None,
         use_graphs: bool = True,
+        trace: Trace | None = None,
     ) -> None:
         """`cache_bytes` bounds the NumPy backend's float32 copy of the weights; default: half of the free memory.
 
-        `use_graphs` is of the CuPy backend: decode steps as CUDA graphs, or one launch after the other.
+        `use_graphs` is of the CuPy backend: decode steps as CUDA graphs, or one launch after the other. `trace` takes spans
+        of what the engine does.
         """
         if backend not in ("auto", "numpy", "cupy"):
             raise RequestError(f"backend {printable(backend)} is none of auto, numpy, cupy")
@@ -54,8 +57,15 @@ class Engine:
             if max_seq_len is not None and not 1 <= max_seq_len <= limit:
                 raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
             self.max_seq_len = max_seq_len or limit
-            self.backend: Backend = _make_backend(backend, packed, self.max_seq_len, cache_bytes, use_graphs)
-            self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
+            if _wants_gpu(backend):
+                from .cupy_backend import CupyBackend
+
+                self.backend: Backend = CupyBackend(packed, max_seq_len=self.max_seq_len, use_graphs=use_graphs, trace=trace)
+            else:
+                self.backend = NumpyBackend(packed, cache_bytes, trace)
+            with host_span(trace, "load tokenizer"):
+                self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
+        self._trace = trace
         self._shown = printable(path)
 
     @cached_property
@@ -106,11 +116,12 @@ class Engine:
     def _generate(
         self, tokens: NDArray[np.int64], parameters: SamplingParameters, max_tokens: int, ignore_eos: bool
     ) -> Iterator[Token]:
-        stream = self._tokenizer.stream(tokens.tolist()) if self._tokenizer else None
+        text_of = self._tokenizer.stream(tokens.tolist()).step if self._tokenizer else lambda token: ""
+        text_of = traced(self._trace, "detokenise", text_of)
         count = min(max_tokens, self.max_seq_len - len(tokens))
         with closing(self.backend.generate(tokens, parameters, count)) as chosen_tokens:
             for chosen in chosen_tokens:
-                yield Token(chosen, stream.step(chosen) if stream else "")
+                yield Token(chosen, text_of(chosen))
                 if chosen in self.config.eos_token_ids and not ignore_eos:
                     return
 
@@ -136,10 +147,8 @@ class Engine:
         return tokens.astype(np.int64)
 
 
-def _make_backend(name: str, packed: PackedFile, max_seq_len: int, cache_bytes: int | None, use_graphs: bool) -> Backend:
+def _wants_gpu(backend: str) -> bool:
     """ "auto" takes CuPy where CuPy and a device are there."""
-    from .cupy_backend import CupyBackend, has_device
+    from .cupy_backend import has_device
 
-    if name == "cupy" or (name == "auto" and has_device()):
-        return CupyBackend(packed, max_seq_len=max_seq_len, use_graphs=use_graphs)
-    return NumpyBackend(packed, cache_bytes)
+    return backend == "cupy" or (backend == "auto" and has_device())
