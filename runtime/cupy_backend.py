@@ -198,6 +198,14 @@ class CupyBackend:
         runtime = self.cupy.cuda.runtime
         runtime.memcpyAsync(target.ctypes.data, source, nbytes, runtime.memcpyDeviceToHost, self.stream.ptr)
 
+    def read(self, name: str, rows: int, columns: int) -> F32:
+        """float32 [rows, columns] from the start of a region, once all that was enqueued is done."""
+        found = np.empty((rows, columns), np.float32)
+        self.stream.synchronize()
+        runtime = self.cupy.cuda.runtime
+        runtime.memcpy(found.ctypes.data, self.address(name), found.nbytes, runtime.memcpyDeviceToHost)
+        return found
+
     def _kernel(self, build: Build, entry: str) -> Kernel:
         if (build, entry) not in self._kernels:
             if build not in self._modules:
@@ -233,18 +241,15 @@ class CupyBackend:
 
         `positions` int32 [batch], where the last token goes; `slots` int32 [batch].
         """
-        batch = min(1 << (len(positions) - 1).bit_length(), self.limits.max_sequences)
-        padding = np.full(batch - len(positions), -1, np.int32)
-        workers = split_workers(int(positions.max()) + 1)
-        at = self._staging.send([np.concatenate([positions, padding]), np.concatenate([slots, padding])], self.stream)
+        batch, workers, step = self._send_step(positions, slots)
         key = (batch, workers, sampled)
         spans = self.kernel_spans
         is_traced = spans is not None and spans.begin("decode step", sequences=len(positions), longest=int(positions.max()) + 1)
         if is_traced or not self._use_graphs:
-            self._enqueue(self._decode_launches(*key, DecodePass(*at)))
+            self._enqueue(self._decode_launches(*key, step))
             return
         if key not in self._graphs:
-            launches = self._decode_launches(*key, DecodePass(*at))
+            launches = self._decode_launches(*key, step)
             with host_span(self._trace, "capture graph"):
                 self.stream.begin_capture()
                 try:
@@ -253,6 +258,19 @@ class CupyBackend:
                     self._graphs[key] = self.stream.end_capture()
         self._graphs[key].launch(self.stream)
 
+    def decode_launches(self, positions: NDArray[np.int32], slots: NDArray[np.int32]) -> list[Launch]:
+        """Of a decode step to logits, for one who enqueues them; what they read from the host is sent."""
+        batch, workers, step = self._send_step(positions, slots)
+        return self._decode_launches(batch, workers, False, step)
+
+    def _send_step(self, positions: NDArray[np.int32], slots: NDArray[np.int32]) -> tuple[int, int, DecodePass]:
+        """Batch, padded to a power of two, the number of blocks that share a context, and where the step's fields lie."""
+        batch = min(1 << (len(positions) - 1).bit_length(), self.limits.max_sequences)
+        padding = np.full(batch - len(positions), -1, np.int32)
+        workers = split_workers(int(positions.max()) + 1)
+        at = self._staging.send([np.concatenate([positions, padding]), np.concatenate([slots, padding])], self.stream)
+        return batch, workers, DecodePass(*at)
+
     def _decode_launches(self, batch: int, workers: int, sampled: bool, step: DecodePass) -> list[Launch]:
         with host_span(self._trace, "plan launches"):
             launches = self.program.decode(batch, workers, step)
@@ -260,6 +278,14 @@ class CupyBackend:
 
     def prefill(self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int]) -> None:
         """Logits of at most `max_sequences` chosen rows. `sequences`: (slot, first row, tokens, positions before) of each."""
+        if self.kernel_spans is not None:
+            self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids))
+        self._enqueue(self.prefill_launches(ids, sequences, rows))
+
+    def prefill_launches(
+        self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int]
+    ) -> list[Launch]:
+        """Of a prefill, for one who enqueues them; what they read from the host is sent."""
         table = np.array(sequences, np.int32)
         items = self.program.prefill_attention.items(table, self.program.group, 0)
         positions = np.concatenate([np.arange(before, before + count) for _, _, count, before in sequences])
@@ -268,14 +294,12 @@ class CupyBackend:
             [ids.astype(np.int32), positions.astype(np.int32), slots, table, items, np.array(rows, np.int32)], self.stream
         )
         step = PrefillPass(len(ids), len(items), len(rows), *at)
-        if self.kernel_spans is not None:
-            self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids))
         if step not in self._prefill_launches:
             if len(self._prefill_launches) == _KEPT_PREFILLS:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))
             with host_span(self._trace, "plan launches"):
                 self._prefill_launches[step] = self.program.prefill(step)
-        self._enqueue(self._prefill_launches[step])
+        return self._prefill_launches[step]
 
     def sample(self, rows: Rows, masks: Sequence[NDArray[np.int32] | None]) -> None:
         """A token for each row of logits, within its mask where it has one."""

@@ -19,7 +19,7 @@ from megalith.format.rope import F32
 from .backend import Backend
 from .numpy_backend import NumpyBackend
 from .sampler import SamplingParameters
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, no_tokenizer
 from .trace import Trace, host_span, traced
 
 
@@ -66,18 +66,18 @@ class Engine:
             with host_span(trace, "load tokenizer"):
                 self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
         self._trace = trace
-        self._shown = printable(path)
+        self._path = path
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The file's tokenizer; RequestError when it has none."""
         if self._tokenizer is None:
-            raise RequestError(f"{self._shown}: holds no tokenizer.json: give token ids instead of text")
+            raise no_tokenizer(self._path)
         return self._tokenizer
 
     def logits(self, ids: Sequence[int]) -> F32:
         """float32 [len(ids), vocab_size]: for each position, the scores of the token after it."""
-        tokens = self._check_ids(ids)
+        tokens = checked_ids(ids, self.config.vocab_size, self.max_seq_len)
         with self._sequence() as cache:
             return self.backend.forward(tokens, cache, len(tokens), False)
 
@@ -110,7 +110,7 @@ class Engine:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if max_tokens < 0:
             raise RequestError(f"max_tokens is {max_tokens}: must be 0 or more")
-        tokens = self._check_ids(ids)
+        tokens = checked_ids(ids, self.config.vocab_size, self.max_seq_len)
         return self._generate(tokens, parameters or SamplingParameters(), max_tokens, ignore_eos)
 
     def _generate(
@@ -133,22 +133,23 @@ class Engine:
         finally:
             self.backend.close_cache(cache)
 
-    def _check_ids(self, ids: Sequence[int]) -> NDArray[np.int64]:
-        """int64 [num_tokens]; RequestError for none, too many, or one outside the vocabulary."""
-        tokens = np.asarray(ids)
-        if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in "iu":
-            raise RequestError("token ids must be a non-empty list of integers")
-        if tokens.size > self.max_seq_len:
-            raise RequestError(f"{tokens.size} tokens, at most {self.max_seq_len} fit the context")
-        wrong = (tokens < 0) | (tokens >= self.config.vocab_size)
-        if wrong.any():
-            i = int(wrong.argmax())
-            raise RequestError(f"token {i} is {tokens[i]}: ids go from 0 to {self.config.vocab_size - 1}")
-        return tokens.astype(np.int64)
-
 
 def _wants_gpu(backend: str) -> bool:
     """ "auto" takes CuPy where CuPy and a device are there."""
     from .cupy_backend import has_device
 
     return backend == "cupy" or (backend == "auto" and has_device())
+
+
+def checked_ids(ids: Sequence[int], vocab_size: int, max_seq_len: int) -> NDArray[np.int64]:
+    """int64 [num_tokens]; RequestError for none, too many, or one outside the vocabulary."""
+    tokens = np.asarray(ids)
+    if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in "iu":
+        raise RequestError("token ids must be a non-empty list of integers")
+    if tokens.size > max_seq_len:
+        raise RequestError(f"{tokens.size} tokens, at most {max_seq_len} fit the context")
+    wrong = (tokens < 0) | (tokens >= vocab_size)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise RequestError(f"token {i} is {tokens[i]}: ids go from 0 to {vocab_size - 1}")
+    return tokens.astype(np.int64)
