@@ -1,8 +1,8 @@
 """The CuPy backend against the NumPy one on a packed file: the residual stream after all that adds to it, and logits.
 
 Both run one sequence: a prefill, then decode steps whose tokens are the likeliest by the reference. They go side by side, an
-operation at a time, so that one residual stream of each is held, however large the model. Errors are of the worst token: a few
-tokens of most models have activations a hundred times as large as others', which an error over all tokens would be of.
+operation at a time, so that one residual stream of each is held, however large the model. Errors are of the worst token:
+an error over all tokens would be that of the few whose activations are many times as large as others'.
 
 Tolerance: the GPU rounds normalised activations, those within attention and MLP, queries, keys and values to the 16-bit type
 of the matrices, with unit roundoff 2^-8 (BF16) or 2^-11 (F16). That rounding alone, put into the NumPy backend, gave relative
