@@ -16,6 +16,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from megalith.format.reader import PackedFile
     from megalith.runtime.engine import Engine
+    from megalith.runtime.trace import Trace
 
 __all__ = ["__version__", "load", "open"]
 
@@ -36,11 +37,21 @@ def open(path: str | os.PathLike[str]) -> PackedFile:
     return PackedFile(path)
 
 
-def load(path: str | os.PathLike[str], backend: str = "auto", *, max_seq_len: int | None = None) -> Engine:
+def load(
+    path: str | os.PathLike[str],
+    backend: str = "auto",
+    *,
+    max_seq_len: int | None = None,
+    use_graphs: bool = True,
+    trace: Trace | None = None,
+) -> Engine:
     """An engine that runs a packed file. `max_seq_len` bounds the KV cache; the default is the file's own.
+
+    Without `use_graphs` the CuPy backend launches every kernel of a decode step by itself; NumPy has no graphs.
+    `trace` takes spans of loading and of all that the engine does.
 
     Raises RequestError for an unknown backend, and what `open` raises.
     """
     from megalith.runtime.engine import Engine
 
-    return Engine(path, backend=backend, max_seq_len=max_seq_len)
+    return Engine(path, backend=backend, max_seq_len=max_seq_len, use_graphs=use_graphs, trace=trace)

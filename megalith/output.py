@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,22 @@ _JSON_LEVELS = 3  # of objects with a line per key
 def print_json(value: dict[str, Any]) -> None:
     """One JSON document on stdout; every document says the version of its form."""
     click.echo(json_text({"version": JSON_VERSION, **value}))
+
+
+TRACE_HELP = (
+    "Write spans in the Chrome trace event format, for Perfetto (ui.perfetto.dev): {what}. Those kernels are launched one by "
+    "one between CUDA events: without the overlap of programmatic launch, each with the start of its kernel, which a profiler "
+    "leaves out."
+)
+
+
+def print_traced(report: dict[str, Any] | None, trace_path: Path | None) -> None:
+    """A report as JSON, where there is one; the path of a trace goes into it, else to stderr."""
+    traced = {"trace": str(trace_path)} if trace_path is not None else {}
+    if report is not None:
+        print_json(report | traced)
+    elif trace_path is not None:
+        click.echo(f"trace: {trace_path}", err=True)
 
 
 def json_text(value: Any, level: int = 0) -> str:

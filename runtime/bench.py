@@ -18,7 +18,9 @@ from megalith.format.reader import PackedFile
 
 from .cupy_backend import CupyBackend, longest_context
 from .cupy_executor import CupyExecutor
+from .kernel_spans import TRACED_DECODE_STEPS
 from .sampler import SamplingParameters
+from .trace import Trace, host_span
 
 DECODE_STEPS = 32  # timed together: the host enqueues them ahead of the device
 DECODE_SAMPLES = 7
@@ -53,10 +55,10 @@ class Plan:
 
 
 class Bench:
-    """One loaded file under the stopwatch."""
+    """One loaded file under the stopwatch. With a trace every figure's work runs once more, for spans of its kernels."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, path: Path, plan: Plan, trace: Trace | None = None) -> None:
+        self._plan, self._trace = plan, trace
         longest = max([context for _, context in plan.decode] + list(plan.prefill))
         pages = max(
             [batch * -(-(context + 2 * DECODE_STEPS) // 64) for batch, context in plan.decode]
@@ -72,6 +74,7 @@ class Bench:
                 max_prefill_tokens=max([*plan.prefill, 2048]),
                 num_pages=pages,
                 use_graphs=plan.use_graphs,
+                trace=trace,
             )
             self._weight_bytes = self._bytes_of_a_step(packed)
         self._start_seconds = time.perf_counter() - begun
@@ -88,9 +91,13 @@ class Bench:
         yield Result("start", None, None, None, self._start_seconds * 1e3, None, None, None)
         yield Result("load", None, None, None, report.seconds * 1e3, None, report.nbytes / report.seconds / 1e9, None)
         for tokens in self._plan.prefill:
-            yield self._prefill(tokens)
+            with host_span(self._trace, f"prefill {tokens}"):
+                result = self._prefill(tokens)
+            yield result
         for batch, context in self._plan.decode:
-            yield self._decode(batch, context)
+            with host_span(self._trace, f"decode {batch}:{context}"):
+                result = self._decode(batch, context)
+            yield result
 
     def _bytes_of_a_step(self, packed: PackedFile) -> int:
         """Weights that one decode step reads: all but the embedding where the head is another matrix."""
@@ -108,6 +115,9 @@ class Bench:
             self._backend.close_cache(cache)
 
         seconds = self._median(once, 1, PREFILL_SAMPLES)
+        if self._backend.kernel_spans is not None:
+            self._backend.kernel_spans.allow(prefills=1)
+            once()
         return Result("prefill", None, 1, tokens, seconds * 1e3, tokens / seconds, None, None)
 
     def _decode(self, batch: int, context: int) -> Result:
@@ -121,11 +131,14 @@ class Bench:
         for cache in caches:  # greedy
             executor.start(cache.slot, SamplingParameters(), [0])
 
-        def steps() -> None:
-            for step in range(DECODE_STEPS):
+        def steps(count: int = DECODE_STEPS) -> None:
+            for step in range(count):
                 backend.decode_step(np.full(batch, context + step, np.int32), slots, sampled=True)
 
         seconds = self._median(steps, DECODE_STEPS, DECODE_SAMPLES)
+        if backend.kernel_spans is not None:
+            backend.kernel_spans.allow(decode_steps=TRACED_DECODE_STEPS)
+            steps(TRACED_DECODE_STEPS)
         for cache in caches:
             backend.close_cache(cache)
         kv_bytes = batch * context * self._kv_bytes_per_token()

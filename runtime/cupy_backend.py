@@ -24,11 +24,13 @@ from .executor import SequenceStep, Ticket
 from .gpu_buffers import PAGE_TOKENS, Limits
 from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma
 from .gpu_staging import PinnedCopies, Staging
+from .kernel_spans import TRACED_DECODE_STEPS, KernelSpans
 from .launch import Launch
 from .loaded_kernels import LoadedKernels, Wanted
 from .loading import LoadOptions, load, terminal_progress
 from .needed_kernels import KernelNeeds, batch_bucket, batch_buckets
 from .sampler import SamplingParameters
+from .trace import Trace, host_span, traced
 
 if TYPE_CHECKING:
     from .cupy_executor import CupyExecutor
@@ -53,6 +55,22 @@ class Rows:
 
     positions: NDArray[np.int32]
     slots: NDArray[np.int32]
+
+
+DecodeKey = tuple[int, int, bool]  # sequences of the bucket, blocks that share a context, whether tokens are sampled
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """A whole bucket: int32 [batch] each, -1 where there is no sequence; `workers` blocks share a context."""
+
+    positions: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    workers: int
+
+    def key(self, sampled: bool) -> DecodeKey:
+        """What the launches of its step depend on."""
+        return len(self.positions), self.workers, sampled
 
 
 @dataclass(frozen=True)
@@ -154,18 +172,22 @@ class CupyBackend:
         use_graphs: bool = True,
         verify: bool = False,
         warm: bool = False,
+        trace: Trace | None = None,
     ) -> None:
-        self.cupy = import_cupy()
-        self.facts = device_facts(self.cupy)
+        self._trace = trace
+        with host_span(trace, "find device"):
+            self.cupy = import_cupy()
+            self.facts = device_facts(self.cupy)
         self.config = packed.index.config
         self.max_seq_len = longest_context(packed.index, max_seq_len)
         self._use_graphs = use_graphs
-        self._kernels = LoadedKernels()
-        self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self._kernels = LoadedKernels(trace)
+        self._graphs: dict[DecodeKey, Any] = {}
         self._prefill_launches: dict[PrefillPass, list[Launch]] = {}
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         wanted = planned_limits(packed, self.facts, self.max_seq_len, max_sequences, max_prefill_tokens)
-        self.plan = self._plan(packed, wanted, num_pages)
+        with host_span(trace, "plan arena"):
+            self.plan = self._plan(packed, wanted, num_pages)
         self.limits = self.plan.limits
         self._needs = KernelNeeds(packed.index, self.limits, self.facts.arch)
         kernels = self._needs.everything() if warm else self._needs.decode([1])
@@ -178,6 +200,9 @@ class CupyBackend:
         self._staging = Staging(self.cupy, self.address("staging"), self._nbytes("staging"))
         self._copies = PinnedCopies(self.cupy, max(4 * self.limits.pages_per_sequence, 256))
         self._logits = self.pinned(np.dtype(np.float32), self._nbytes("logits") // 4)
+        self.kernel_spans: KernelSpans | None = None
+        if trace is not None:
+            self.kernel_spans = KernelSpans(trace, self.cupy.cuda, self.stream, self.facts.name, packed.index.blobs.names)
         self._free_slots = list(range(max_sequences))[::-1]
         self._free_pages = list(range(self.limits.num_pages))[::-1]
         self.warm_up_report = self.warm_up() if warm else None
@@ -195,10 +220,11 @@ class CupyBackend:
 
     def _load(self, packed: PackedFile, verify: bool) -> None:
         span = FileSpan.of(packed.header)
-        self._arena = self.cupy.cuda.alloc(self.plan.nbytes)
+        with host_span(self._trace, "allocate arena", bytes=self.plan.nbytes):
+            self._arena = self.cupy.cuda.alloc(self.plan.nbytes)
         base = self._arena.ptr
         self.cupy.cuda.runtime.memsetAsync(base + span.nbytes, 0, self.plan.nbytes - span.nbytes, self.stream.ptr)
-        with terminal_progress(span.nbytes) as progress:
+        with terminal_progress(span.nbytes) as progress, host_span(self._trace, "copy file to device", bytes=span.nbytes):
             self.load_report = load(packed, base, CudaCopier(self.stream.ptr), LoadOptions(verify=verify), progress)
         table = base + span.rope_offset + table_offset(self.config.head_dim)
         self._places = Places(base, table, self.plan.addresses(base))
@@ -222,6 +248,14 @@ class CupyBackend:
         """Enqueue a copy from the device to pinned memory."""
         runtime = self.cupy.cuda.runtime
         runtime.memcpyAsync(target.ctypes.data, source, nbytes, runtime.memcpyDeviceToHost, self.stream.ptr)
+
+    def read(self, name: str, rows: int, columns: int) -> F32:
+        """float32 [rows, columns] from the start of a region, once all that was enqueued is done."""
+        found = np.empty((rows, columns), np.float32)
+        self.stream.synchronize()
+        runtime = self.cupy.cuda.runtime
+        runtime.memcpy(found.ctypes.data, self.address(name), found.nbytes, runtime.memcpyDeviceToHost)
+        return found
 
     def _load_kernels(self, wanted: Sequence[Wanted], device: Any) -> None:
         device.use()  # a new thread has no context
@@ -248,7 +282,7 @@ class CupyBackend:
             nobody = np.full(batch, -1, np.int32)
             for workers in attention.reachable_workers(self.limits.max_seq_len, batch):
                 for sampled in (False, True):
-                    self._enqueue_decode(nobody, nobody, workers, sampled)
+                    self._enqueue_decode(DecodeBatch(nobody, nobody, workers), sampled, self._use_graphs)
         count = self.limits.max_prefill_tokens
         self.prefill(np.zeros(count, np.int64), [(0, 0, count, 0)], [count - 1])  # a new block table names page 0 throughout
         nobody, everything = np.array([-1], np.int32), np.full(-(-self.config.vocab_size // 32), -1, np.int32)
@@ -286,33 +320,55 @@ class CupyBackend:
 
         `positions` int32 [batch], where the last token goes; `slots` int32 [batch].
         """
-        batch = batch_bucket(len(positions), self.limits.max_sequences)
-        padding = np.full(batch - len(positions), -1, np.int32)
-        workers = self.program.decode_attention.workers(int(positions.max()) + 1, batch)
-        self._enqueue_decode(np.concatenate([positions, padding]), np.concatenate([slots, padding]), workers, sampled)
+        spans = self.kernel_spans
+        is_traced = spans is not None and spans.begin("decode step", sequences=len(positions), longest=int(positions.max()) + 1)
+        self._enqueue_decode(self._decode_batch(positions, slots), sampled, self._use_graphs and not is_traced)
 
-    def _enqueue_decode(self, positions: NDArray[np.int32], slots: NDArray[np.int32], workers: int, sampled: bool) -> None:
-        """A whole bucket, -1 where there is no sequence."""
-        at = self._staging.send([positions, slots], self.stream)
-        key = (len(positions), workers, sampled)
-        if not self._use_graphs:
-            self._enqueue(self._decode_launches(*key, DecodePass(*at)))
+    def decode_launches(self, positions: NDArray[np.int32], slots: NDArray[np.int32]) -> list[Launch]:
+        """Of a decode step to logits, for one who enqueues them; what they read from the host is sent."""
+        batch = self._decode_batch(positions, slots)
+        return self._decode_launches(batch.key(sampled=False), self._send_batch(batch))
+
+    def _decode_batch(self, positions: NDArray[np.int32], slots: NDArray[np.int32]) -> DecodeBatch:
+        count = batch_bucket(len(positions), self.limits.max_sequences)
+        padding = np.full(count - len(positions), -1, np.int32)
+        workers = self.program.decode_attention.workers(int(positions.max()) + 1, count)
+        return DecodeBatch(np.concatenate([positions, padding]), np.concatenate([slots, padding]), workers)
+
+    def _send_batch(self, batch: DecodeBatch) -> DecodePass:
+        return DecodePass(*self._staging.send([batch.positions, batch.slots], self.stream))
+
+    def _enqueue_decode(self, batch: DecodeBatch, sampled: bool, as_graph: bool) -> None:
+        step, key = self._send_batch(batch), batch.key(sampled)
+        if not as_graph:
+            self._enqueue(self._decode_launches(key, step))
             return
         if key not in self._graphs:
-            launches = self._decode_launches(*key, DecodePass(*at))
-            self.stream.begin_capture()
-            try:
-                self._enqueue(launches)
-            finally:
-                self._graphs[key] = self.stream.end_capture()
+            launches = self._decode_launches(key, step)
+            with host_span(self._trace, "capture graph"):
+                self.stream.begin_capture()
+                try:
+                    self._enqueue(launches)
+                finally:
+                    self._graphs[key] = self.stream.end_capture()
         self._graphs[key].launch(self.stream)
 
-    def _decode_launches(self, batch: int, workers: int, sampled: bool, step: DecodePass) -> list[Launch]:
-        launches = self.program.decode(batch, workers, step)
+    def _decode_launches(self, key: DecodeKey, step: DecodePass) -> list[Launch]:
+        batch, workers, sampled = key
+        with host_span(self._trace, "plan launches"):
+            launches = self.program.decode(batch, workers, step)
         return [*launches, self.program.sample(batch, step.positions, step.slots)] if sampled else launches
 
     def prefill(self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int]) -> None:
         """Logits of at most `max_sequences` chosen rows. `sequences`: (slot, first row, tokens, positions before) of each."""
+        if self.kernel_spans is not None:
+            self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids))
+        self._enqueue(self.prefill_launches(ids, sequences, rows))
+
+    def prefill_launches(
+        self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int]
+    ) -> list[Launch]:
+        """Of a prefill, for one who enqueues them; what they read from the host is sent."""
         table = np.array(sequences, np.int32)
         items = self.program.prefill_attention.items(table, self.program.group, 0)
         positions = np.concatenate([np.arange(before, before + count) for _, _, count, before in sequences])
@@ -326,8 +382,9 @@ class CupyBackend:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))
             if not self._has_all_kernels:
                 self._kernels.load(self._needs.prefill([len(ids)], [len(rows)] if rows else []))
-            self._prefill_launches[step] = self.program.prefill(step)
-        self._enqueue(self._prefill_launches[step])
+            with host_span(self._trace, "plan launches"):
+                self._prefill_launches[step] = self.program.prefill(step)
+        return self._prefill_launches[step]
 
     def sample(self, rows: Rows, masks: Sequence[NDArray[np.int32] | None]) -> None:
         """A token for each row of logits, within its mask where it has one."""
@@ -351,6 +408,9 @@ class CupyBackend:
         return np.concatenate(found) if found else np.empty((0, self.config.vocab_size), np.float32)
 
     def _enqueue(self, launches: Sequence[Launch]) -> None:
+        if self.kernel_spans is not None and self.kernel_spans.is_on:
+            self.kernel_spans.enqueue(launches)
+            return
         for launch in launches:
             launch(self.stream.ptr)
 
@@ -408,13 +468,16 @@ class CupyBackend:
     def generate(self, tokens: NDArray[np.int64], parameters: SamplingParameters, count: int) -> Generator[int, None, None]:
         """At most `count` tokens after `tokens`, as they come; the device is one step ahead of what was yielded."""
         executor, sequence, tickets = self.executor, self.new_cache(), deque[Ticket]()
+        submit_steps, collect = traced(self._trace, "submit", executor.submit), traced(self._trace, "collect", executor.collect)
+        if self.kernel_spans is not None:
+            self.kernel_spans.allow(prefills=1, decode_steps=TRACED_DECODE_STEPS)
 
         def submit(ids: NDArray[np.int64] | None, is_last: bool) -> None:
             start = sequence.length
             sequence.length += 1 if ids is None else len(ids)
             self.reserve(sequence, sequence.length)
             pages = tuple(sequence.pages)
-            ticket = executor.submit([SequenceStep(sequence.slot, ids, start, pages, is_last, sequence.length)])
+            ticket = submit_steps([SequenceStep(sequence.slot, ids, start, pages, is_last, sequence.length)])
             tickets.append(ticket)
 
         try:
@@ -427,7 +490,7 @@ class CupyBackend:
                 while len(tickets) <= executor.steps_ahead and produced + 1 < count:
                     submit(None, True)
                     produced += 1
-                for sampled in executor.collect(tickets.popleft()):
+                for sampled in collect(tickets.popleft()):
                     if not sampled.finite:
                         position = len(tokens) + found
                         raise RequestError(f"logits of position {position} are not finite: the weights or the input overflow")

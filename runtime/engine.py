@@ -19,7 +19,8 @@ from megalith.format.rope import F32
 from .backend import Backend
 from .numpy_backend import NumpyBackend
 from .sampler import SamplingParameters
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, no_tokenizer
+from .trace import Trace, host_span, traced
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,14 @@ class Engine:
         *,
         max_seq_len: int | None = None,
         cache_bytes: int | None = None,
+        use_graphs: bool = True,
+        trace: Trace | None = None,
     ) -> None:
-        """`cache_bytes` bounds the NumPy backend's float32 copy of the weights; default: half of the free memory."""
+        """`cache_bytes` bounds the NumPy backend's float32 copy of the weights; default: half of the free memory.
+
+        `use_graphs` is of the CuPy backend: decode steps as CUDA graphs, or one launch after the other. `trace` takes spans
+        of what the engine does.
+        """
         if backend not in ("auto", "numpy", "cupy"):
             raise RequestError(f"backend {printable(backend)} is none of auto, numpy, cupy")
         with PackedFile(path) as packed:
@@ -49,16 +56,23 @@ class Engine:
             limit = self.config.max_seq_len
             if max_seq_len is not None and not 1 <= max_seq_len <= limit:
                 raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
-            self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
-            self.backend: Backend = _make_backend(backend, packed, max_seq_len, cache_bytes)
+            with host_span(trace, "load tokenizer"):
+                self._tokenizer = Tokenizer(packed) if "tokenizer.json" in packed.file_names() else None
+            if _wants_gpu(backend):
+                from .cupy_backend import CupyBackend
+
+                self.backend: Backend = CupyBackend(packed, max_seq_len=max_seq_len, use_graphs=use_graphs, trace=trace)
+            else:
+                self.backend = NumpyBackend(packed, cache_bytes, trace)
             self.max_seq_len = min(max_seq_len or limit, self.backend.max_seq_len)
-        self._shown = printable(path)
+        self._trace = trace
+        self._path = path
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The file's tokenizer; RequestError when it has none."""
         if self._tokenizer is None:
-            raise RequestError(f"{self._shown}: holds no tokenizer.json: give token ids instead of text")
+            raise no_tokenizer(self._path)
         return self._tokenizer
 
     @property
@@ -68,7 +82,7 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> F32:
         """float32 [len(ids), vocab_size]: for each position, the scores of the token after it."""
-        tokens = self._check_ids(ids)
+        tokens = checked_ids(ids, self.config.vocab_size, self.max_seq_len)
         with self._sequence() as cache:
             return self.backend.forward(tokens, cache, len(tokens), False)
 
@@ -101,17 +115,18 @@ class Engine:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if max_tokens < 0:
             raise RequestError(f"max_tokens is {max_tokens}: must be 0 or more")
-        tokens = self._check_ids(ids)
+        tokens = checked_ids(ids, self.config.vocab_size, self.max_seq_len)
         return self._generate(tokens, parameters or SamplingParameters(), max_tokens, ignore_eos)
 
     def _generate(
         self, tokens: NDArray[np.int64], parameters: SamplingParameters, max_tokens: int, ignore_eos: bool
     ) -> Iterator[Token]:
-        stream = self._tokenizer.stream(tokens.tolist()) if self._tokenizer else None
+        text_of = self._tokenizer.stream(tokens.tolist()).step if self._tokenizer else lambda token: ""
+        text_of = traced(self._trace, "detokenise", text_of)
         count = min(max_tokens, self.max_seq_len - len(tokens))
         with closing(self.backend.generate(tokens, parameters, count)) as chosen_tokens:
             for chosen in chosen_tokens:
-                yield Token(chosen, stream.step(chosen) if stream else "")
+                yield Token(chosen, text_of(chosen))
                 if chosen in self.config.eos_token_ids and not ignore_eos:
                     return
 
@@ -123,24 +138,23 @@ class Engine:
         finally:
             self.backend.close_cache(cache)
 
-    def _check_ids(self, ids: Sequence[int]) -> NDArray[np.int64]:
-        """int64 [num_tokens]; RequestError for none, too many, or one outside the vocabulary."""
-        tokens = np.asarray(ids)
-        if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in "iu":
-            raise RequestError("token ids must be a non-empty list of integers")
-        if tokens.size > self.max_seq_len:
-            raise RequestError(f"{tokens.size} tokens, at most {self.max_seq_len} fit the context")
-        wrong = (tokens < 0) | (tokens >= self.config.vocab_size)
-        if wrong.any():
-            i = int(wrong.argmax())
-            raise RequestError(f"token {i} is {tokens[i]}: ids go from 0 to {self.config.vocab_size - 1}")
-        return tokens.astype(np.int64)
 
-
-def _make_backend(name: str, packed: PackedFile, max_seq_len: int | None, cache_bytes: int | None) -> Backend:
+def _wants_gpu(backend: str) -> bool:
     """ "auto" takes CuPy where CuPy and a device are there."""
-    from .cupy_backend import CupyBackend, has_device
+    from .cupy_backend import has_device
 
-    if name == "cupy" or (name == "auto" and has_device()):
-        return CupyBackend(packed, max_seq_len=max_seq_len)
-    return NumpyBackend(packed, cache_bytes)
+    return backend == "cupy" or (backend == "auto" and has_device())
+
+
+def checked_ids(ids: Sequence[int], vocab_size: int, max_seq_len: int) -> NDArray[np.int64]:
+    """int64 [num_tokens]; RequestError for none, too many, or one outside the vocabulary."""
+    tokens = np.asarray(ids)
+    if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in "iu":
+        raise RequestError("token ids must be a non-empty list of integers")
+    if tokens.size > max_seq_len:
+        raise RequestError(f"{tokens.size} tokens, at most {max_seq_len} fit the context")
+    wrong = (tokens < 0) | (tokens >= vocab_size)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise RequestError(f"token {i} is {tokens[i]}: ids go from 0 to {vocab_size - 1}")
+    return tokens.astype(np.int64)

@@ -62,6 +62,7 @@ def build_executor(settings: EngineSettings) -> Executor:
                 max_sequences=settings.max_sequences,
                 max_prefill_tokens=settings.max_batch_tokens,
                 num_pages=settings.num_pages,
+                use_graphs=settings.use_graphs,
                 warm=True,
             ).executor
     from .numpy_backend import NumpyBackend

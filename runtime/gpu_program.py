@@ -27,6 +27,9 @@ from .sampling_state import THREADS as SAMPLING_THREADS
 i32, u32, f32 = np.int32, np.uint32, np.float32
 
 
+_PRODUCTS = ("linear", "gemm_wgmma")
+
+
 class Bindable(Protocol):
     """A kernel that takes its grid and arguments: `launch.Kernel`."""
 
@@ -195,7 +198,7 @@ class GpuProgram:
         config = self.config
         args = (self._blob(op.weight), i32(config.vocab_size), i32(config.hidden_size), ids, slots, self._places["x"])
         # the first launch of a pass waits for all that came before it: later ones may then read early
-        return self._launch("embedding", "embedding", {}, (count, 1, 1), (256, 1, 1), args, early_start=False)
+        return self._launch("embedding", "embedding", {}, (count, 1, 1), (256, 1, 1), args, early_start=False, operation=op)
 
     def _norm(self, op: Operation, count: int, rows: int, reader: str, tiled: bool) -> Launch:
         config = self.config
@@ -205,7 +208,7 @@ class GpuProgram:
         }  # fmt: skip
         h, pitch = self._activation("h", config.hidden_size, count, tiled)
         args = (self._places["x"], rows, self._blob(op.weight), f32(config.rms_norm_eps), h, i32(pitch))
-        return self._launch("rmsnorm", "rmsnorm", defines, (count, 1, 1), (256, 1, 1), args)
+        return self._launch("rmsnorm", "rmsnorm", defines, (count, 1, 1), (256, 1, 1), args, operation=op)
 
     def _following(self, op: Operation) -> Operation:
         return self._program[self._places_in_program[op] + 1]
@@ -241,7 +244,7 @@ class GpuProgram:
             self._places["linear_partials"], self._places["linear_flags"],
         )  # fmt: skip
         grid = shape.grid(self._limits.num_sms, count)
-        return self._launch("linear", "linear", defines, grid, (THREADS, 1, 1), args, shape.shared_bytes)
+        return self._launch("linear", "linear", defines, grid, (THREADS, 1, 1), args, shape.shared_bytes, operation=op)
 
     def _wgmma_product(
         self,
@@ -270,7 +273,8 @@ class GpuProgram:
             self._places["gemm_partials"], self._places["gemm_flags"], i32(shape.token_band(blob.columns, count)),
         )  # fmt: skip
         grid = (shape.blocks(num_sms), 1, 1)
-        return self._launch("gemm_wgmma", "gemm_wgmma", defines, grid, (shape.threads, 1, 1), args, shape.shared_bytes)
+        threads = (shape.threads, 1, 1)
+        return self._launch("gemm_wgmma", "gemm_wgmma", defines, grid, threads, args, shape.shared_bytes, operation=op)
 
     def _qkv_defines(self, qkv: Operation) -> dict[str, int | str]:
         config = self.config
@@ -287,7 +291,8 @@ class GpuProgram:
             f32(config.rms_norm_eps), self._clip(), self._places.rope, step.positions, step.slots,
             self._places["block_table"], i32(self._limits.pages_per_sequence), self._places["q"], self._cache(op.layer),
         )  # fmt: skip
-        return self._launch("qkv_post", "qkv_post", self._qkv_defines(op), (step.num_tokens, 1, 1), (256, 1, 1), args)
+        grid = (step.num_tokens, 1, 1)
+        return self._launch("qkv_post", "qkv_post", self._qkv_defines(op), grid, (256, 1, 1), args, operation=op)
 
     def _attention_prefill(self, op: Operation, qkv: Operation, step: PrefillPass, tiled: bool) -> Launch:
         config, build = self.config, self.prefill_attention
@@ -301,7 +306,8 @@ class GpuProgram:
             f32(config.head_dim**-0.5), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
         )  # fmt: skip
         grid = build.grid(step.num_items, config.num_key_value_heads, self._limits.num_sms)
-        return self._launch(build.name, build.name, defines, grid, (build.threads, 1, 1), args, build.shared_bytes)
+        threads = (build.threads, 1, 1)
+        return self._launch(build.name, build.name, defines, grid, threads, args, build.shared_bytes, operation=op)
 
     def _attention_decode(
         self, op: Operation, qkv: Operation, batch: int, workers: int, step: DecodePass, tiled: bool
@@ -319,22 +325,27 @@ class GpuProgram:
             self._blob(qkv.k_norm) if qkv.k_norm >= 0 else 0, f32(config.rms_norm_eps), self._clip(), self._places.rope,
             step.positions, step.slots, self._places["block_table"], i32(self._limits.pages_per_sequence),
             self._cache(op.layer), i32(op.window), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
-            self._places["attention_sums"], self._places["attention_stats"], i32(build.max_splits), self._places["attention_arrived"],
+            self._places["attention_sums"], self._places["attention_stats"], i32(build.max_splits),
+            self._places["attention_arrived"],
         )  # fmt: skip
-        grid = (workers, build.blocks, batch)
+        grid, threads = (workers, build.blocks, batch), (build.threads, 1, 1)
         return self._launch(
-            "attention_decode", "attention_decode", defines, grid, (build.threads, 1, 1), args, build.shared_bytes
+            "attention_decode", "attention_decode", defines, grid, threads, args, build.shared_bytes, operation=op
         )
 
     # ---- places ----------------------------------------------------------------------------------------------------
 
     def _launch(
         self, source: str, entry: str, defines: Mapping[str, int | str], grid: Dim3, block: Dim3, args: tuple[Argument, ...],
-        shared_bytes: int = 0, early_start: bool = True,
+        shared_bytes: int = 0, early_start: bool = True, operation: Operation | None = None,
     ) -> Launch:  # fmt: skip
         options = {f"ELEMENT_{self.element}": 1, **defines}
         kernel = self._get(Build.of(source, self._arch, **options), entry)
-        return kernel.bind(grid, block, args, shared_bytes, early_start)
+        launch = kernel.bind(grid, block, args, shared_bytes, early_start)
+        launch.operation = operation
+        if operation is not None and source in _PRODUCTS:
+            launch.weight_bytes = self._blobs[operation.weight].nbytes
+        return launch
 
     def _blob(self, number: int) -> int:
         return self._places.image + self._blobs[number].offset

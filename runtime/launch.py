@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megalith.format.errors import DeviceError
 
 from .compile import Build, Compiled
+
+if TYPE_CHECKING:
+    from .program import Operation
 
 Dim3 = tuple[int, int, int]
 Argument = int | np.generic  # int: a device pointer or u64; all else is a NumPy scalar of the width of the parameter
@@ -42,9 +45,13 @@ class Launch:
     `pdl`: the kernel may start before its predecessor in the stream has ended, and waits itself (griddepcontrol.wait).
     """
 
+    operation: Operation | None = None  # of the program, that this launch is or is a part of
+    weight_bytes: int = 0  # of the matrix that it reads
+
     def __init__(
         self, kernel: Kernel, grid: Dim3, block: Dim3, args: Sequence[Argument], shared_bytes: int = 0, pdl: bool = True
     ) -> None:
+        self.name, self.grid, self.block, self.shared_bytes = kernel.name, grid, block, shared_bytes
         self._kernel = kernel
         self._arguments = _pack(kernel, args)
         base = ctypes.addressof(self._arguments)

@@ -28,6 +28,7 @@ class EngineSettings(msgspec.Struct, frozen=True):
     num_pages: int
     max_batch_tokens: int
     step_seconds: float = 0.0  # of the echo engine
+    use_graphs: bool = True  # of the CuPy engine
 
 
 class Settings(msgspec.Struct, frozen=True, tag=True):

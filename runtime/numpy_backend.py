@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalith.format.model import ModelConfig
 from megalith.format.reader import PackedFile
 from megalith.format.rope import F32, inverse_frequencies, rotation_rows
 
-from .program import Kind, Operation, build_program
+from .numpy_ops import attention, rms_norm, rotate, route, swiglu
+from .program import Kind, Operation, build_program, operation_name
 from .sampler import SamplingParameters, TokenCounts, sample
+from .trace import Trace, host_span, traced
 from .weights import Weights
 
 PREFILL_CHUNK_TOKENS = 512
-_GPT_OSS_SLOPE = 1.702
-_QUERY_BLOCK_SCORES = 1 << 23  # float32 attention scores held at a time
 
 
 class Cache(Protocol):
@@ -46,6 +45,22 @@ class Span:
     cache: Cache
     seq_len: int
     rows: slice
+
+
+@dataclass
+class Activations:
+    """What the operations of one forward pass hand on, under the names of `program.Kind`; rows are tokens of all spans."""
+
+    x: F32
+    h: F32
+    q: F32
+    a: F32  # after the head: logits
+    experts: tuple[NDArray[np.int64], F32]
+
+    @classmethod
+    def empty(cls) -> Activations:
+        none = np.empty((0, 0), np.float32)
+        return cls(none, none, none, none, (np.empty((0, 0), np.int64), none))
 
 
 class KvCache:
@@ -103,11 +118,14 @@ class Rotations:
 class NumpyBackend:
     """Executes a program over tokens of one sequence or several."""
 
-    def __init__(self, packed: PackedFile, cache_bytes: int | None = None) -> None:
+    def __init__(self, packed: PackedFile, cache_bytes: int | None = None, trace: Trace | None = None) -> None:
         self.config = packed.index.config
         self.max_seq_len = self.config.max_seq_len
         self.program = build_program(packed.index)
-        self.weights = Weights(packed, cache_bytes)
+        self._names = packed.index.blobs.names
+        self._trace = trace
+        with host_span(trace, "decode weights"):
+            self.weights = Weights(packed, cache_bytes)
         self.rotations = Rotations(packed)
 
     def new_cache(self) -> KvCache:
@@ -132,8 +150,9 @@ class NumpyBackend:
         """At most `count` tokens after `tokens`, as they come."""
         cache, pending = self.new_cache(), tokens
         counts = TokenCounts(self.config.vocab_size, tokens.tolist()) if parameters.counts_tokens else None
+        choose = traced(self._trace, "sample", sample)
         for position in range(len(tokens), len(tokens) + count):
-            chosen = sample(self.forward(pending, cache, position, True)[-1], parameters, position, counts)
+            chosen = choose(self.forward(pending, cache, position, True)[-1], parameters, position, counts)
             if counts is not None:
                 counts.add(chosen)
             yield chosen
@@ -141,36 +160,57 @@ class NumpyBackend:
 
     def forward_batch(self, spans: Sequence[Span]) -> F32:
         """Logits float32 [wanted rows of all spans, vocab_size]; the tokens of each span are appended to its cache."""
+        state = Activations.empty()
+        steps = self.steps(spans, state)
+        if self._trace is not None:
+            steps = self._traced_steps(steps, self._trace, sum(len(span.ids) for span in spans))
+        for _ in steps:
+            pass
+        return state.a
+
+    def steps(self, spans: Sequence[Span], state: Activations) -> Iterator[Operation]:
+        """Execute the program, an operation at a time: it comes when `state` has what it leaves. Caches grow at the end."""
         ids = np.concatenate([span.ids for span in spans])
         starts = [span.cache.length for span in spans]
         rotation = np.concatenate(
             [self.rotations.rows(start, start + len(span.ids), span.seq_len) for span, start in zip(spans, starts, strict=True)]
         )
-        x = h = a = q = np.empty(0, np.float32)
-        experts = np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
-        for op in self.program:
-            if op.kind is Kind.EMBED:
-                x = self.weights.rows(op.weight, ids).astype(np.float32)
-            elif op.kind is Kind.NORM:
-                h = rms_norm(x, self.weights.vector(op.weight), self.config.rms_norm_eps)
-            elif op.kind is Kind.QKV:
-                q = self._qkv(op, h, rotation, spans)
-            elif op.kind is Kind.ATTENTION:
-                a = self._attention(op, q, spans)
-            elif op.kind is Kind.PROJECT:
-                x += self.weights.multiply(a, op.weight, op.bias)
-            elif op.kind is Kind.GATE_UP:
-                a = swiglu(self.weights.multiply(h, op.weight, op.bias), self.config.swiglu_limit)
-            elif op.kind is Kind.ROUTE:
-                experts = route(self.weights.multiply(h, op.weight, op.bias), self.config)
-            elif op.kind is Kind.EXPERTS:
-                x += self._experts(op, h, *experts)
-            else:
-                h = np.concatenate([part[span.rows] for part, span in zip(split(h, spans), spans, strict=True)])
-                a = self.weights.multiply(h, op.weight) if len(h) else np.empty((0, self.config.vocab_size), np.float32)
+        state.x = self.weights.rows(self.program[0].weight, ids).astype(np.float32)
+        yield self.program[0]
+        for op in self.program[1:]:
+            self._execute(op, state, rotation, spans)
+            yield op
         for span, start in zip(spans, starts, strict=True):
             span.cache.length = start + len(span.ids)
-        return a
+
+    def _traced_steps(self, steps: Iterator[Operation], trace: Trace, num_tokens: int) -> Iterator[Operation]:
+        first = begun = trace.now()
+        for op in steps:
+            trace.add_host(operation_name(op, self._names), begun, **({"layer": op.layer} if op.layer >= 0 else {}))
+            yield op
+            begun = trace.now()
+        trace.add_host("forward pass", first, tokens=num_tokens)
+
+    def _execute(self, op: Operation, state: Activations, rotation: F32, spans: Sequence[Span]) -> None:
+        """Any operation but the embedding."""
+        if op.kind is Kind.NORM:
+            state.h = rms_norm(state.x, self.weights.vector(op.weight), self.config.rms_norm_eps)
+        elif op.kind is Kind.QKV:
+            state.q = self._qkv(op, state.h, rotation, spans)
+        elif op.kind is Kind.ATTENTION:
+            state.a = self._attention(op, state.q, spans)
+        elif op.kind is Kind.PROJECT:
+            state.x += self.weights.multiply(state.a, op.weight, op.bias)
+        elif op.kind is Kind.GATE_UP:
+            state.a = swiglu(self.weights.multiply(state.h, op.weight, op.bias), self.config.swiglu_limit)
+        elif op.kind is Kind.ROUTE:
+            state.experts = route(self.weights.multiply(state.h, op.weight, op.bias), self.config)
+        elif op.kind is Kind.EXPERTS:
+            state.x += self._experts(op, state.h, *state.experts)
+        else:
+            assert op.kind is Kind.HEAD
+            h = np.concatenate([part[span.rows] for part, span in zip(split(state.h, spans), spans, strict=True)])
+            state.a = self.weights.multiply(h, op.weight) if len(h) else np.empty((0, self.config.vocab_size), np.float32)
 
     def _qkv(self, op: Operation, h: F32, rotation: F32, spans: Sequence[Span]) -> F32:
         """Queries float32 [num_tokens, num_attention_heads, head_dim]; keys and values go to the caches."""
@@ -219,94 +259,3 @@ def split(rows: F32, spans: Sequence[Span]) -> list[F32]:
     if len(spans) == 1:
         return [rows]
     return np.split(rows, np.cumsum([len(span.ids) for span in spans])[:-1])
-
-
-def route(logits: F32, config: ModelConfig) -> tuple[NDArray[np.int64], F32]:
-    """Chosen experts int64 and their shares float32, both [num_tokens, num_experts_per_tok], from logits of all experts.
-
-    Among equal scores the expert with the lower number is chosen.
-    """
-    count = config.num_experts_per_tok
-    if config.router == "top_k_then_softmax":
-        chosen = np.argsort(-logits, axis=1, kind="stable")[:, :count]
-        return chosen, softmax(np.take_along_axis(logits, chosen, axis=1))
-    scores = softmax(logits)
-    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-    shares = np.take_along_axis(scores, chosen, axis=1)
-    return chosen, shares / shares.sum(axis=1, keepdims=True) if config.norm_topk_prob else shares
-
-
-def softmax(x: F32) -> F32:
-    """Over the last axis."""
-    exponentials: F32 = np.exp(x - x.max(axis=-1, keepdims=True))
-    total: F32 = exponentials.sum(axis=-1, keepdims=True)
-    return exponentials / total
-
-
-def rms_norm(x: F32, weight: F32, eps: float) -> F32:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467)."""
-    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
-    scaled: F32 = x * (np.float32(1.0) / np.sqrt(mean_square + np.float32(eps)))
-    return scaled * weight
-
-
-def rotate(x: F32, rotation: F32) -> F32:
-    """Rotate pairs (i, i + head_dim/2) of x [num_tokens, heads, head_dim] by rotation [num_tokens, head_dim/2, 2]."""
-    cos, sin = rotation[:, None, :, 0], rotation[:, None, :, 1]
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-
-
-def swiglu(y: F32, limit: float | None) -> F32:
-    """silu(gate) * up of y [num_tokens, 2 * intermediate_size] (arXiv 2002.05202).
-
-    With a limit gpt-oss' form: gate = min(gate, limit), up clamped to +-limit, gate * sigmoid(1.702 gate) * (up + 1).
-    """
-    gate, up = np.split(y, 2, axis=1)
-    slope = np.float32(1.0)
-    if limit is not None:
-        gate, up = np.minimum(gate, np.float32(limit)), np.clip(up, -np.float32(limit), np.float32(limit)) + np.float32(1.0)
-        slope = np.float32(_GPT_OSS_SLOPE)
-    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
-        sigmoid: F32 = np.float32(1.0) / (np.float32(1.0) + np.exp(-slope * gate))
-    return gate * sigmoid * up
-
-
-def attention(q: F32, keys: F32, values: F32, window: int, sinks: F32 | None = None) -> F32:
-    """Causal attention of the last num_tokens positions, with grouped queries.
-
-    q: [num_tokens, num_attention_heads, head_dim]; keys, values: [num_key_value_heads, length, head_dim], these tokens
-    included; `window` positions, self included, or 0 for all; `sinks` [num_attention_heads], one more logit per head that
-    takes its share and gives nothing. Returns [num_tokens, num_attention_heads * head_dim].
-    """
-    num_tokens, num_heads, head_dim = q.shape
-    length, group = keys.shape[1], num_heads // len(keys)
-    by_head = q.transpose(1, 0, 2).reshape(len(keys), group, num_tokens, head_dim) * np.float32(head_dim**-0.5)
-    out = np.empty((num_tokens, num_heads, head_dim), np.float32)
-    block = max(1, _QUERY_BLOCK_SCORES // (num_heads * length))
-    for start in range(0, num_tokens, block):
-        stop = min(start + block, num_tokens)
-        last = length - num_tokens + stop
-        first = max(0, length - num_tokens + start - window + 1) if window else 0
-        part = by_head[:, :, start:stop].reshape(len(keys), group * (stop - start), head_dim)
-        scores = (part @ keys[:, first:last].swapaxes(1, 2)).reshape(len(keys), group, stop - start, last - first)
-        if stop - start > 1 or window:
-            position = np.arange(last - (stop - start), last)[:, None]
-            key = np.arange(first, last)
-            visible = key <= position
-            if window:
-                visible &= key > position - window
-            scores = np.where(visible, scores, np.float32(-np.inf))
-        largest = scores.max(axis=-1, keepdims=True)
-        if sinks is not None:
-            sink = sinks.reshape(len(keys), group, 1, 1)
-            largest = np.maximum(largest, sink)
-        scores -= largest
-        np.exp(scores, out=scores)
-        total = scores.sum(axis=-1, keepdims=True)
-        scores /= total if sinks is None else total + np.exp(sink - largest)
-        mixed = scores.reshape(len(keys), group * (stop - start), last - first) @ values[:, first:last]
-        mixed = mixed.reshape(num_heads, stop - start, head_dim)
-        out[start:stop] = mixed.swapaxes(0, 1)
-    return out.reshape(num_tokens, num_heads * head_dim)

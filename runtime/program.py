@@ -6,6 +6,7 @@ products belongs to the operation that can do it in its epilogue.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -72,6 +73,15 @@ def build_program(index: Index) -> list[Operation]:
             ]
     head = numbers["embed_tokens" if config.tie_word_embeddings else "lm_head"]
     return [*program, Operation(Kind.NORM, weight=numbers["norm"]), Operation(Kind.HEAD, weight=head)]
+
+
+def operation_name(op: Operation, blob_names: Sequence[str]) -> str:
+    """What people call it: the matrix or vector that it reads, such as "o_proj", or what it computes."""
+    if op.kind is Kind.HEAD:
+        return "lm_head"  # also where its matrix is the embedding's
+    if op.kind in (Kind.ATTENTION, Kind.EXPERTS):
+        return op.kind.name.lower()
+    return blob_names[op.weight].rpartition(".")[2]
 
 
 class _LayerBlobs:

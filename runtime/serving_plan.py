@@ -88,6 +88,7 @@ def serving_plan(
     kv_bytes: int | None = None,
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
     step_seconds: float = 0.0,
+    use_graphs: bool = True,
 ) -> ServingPlan:
     """The plan for a file; RequestError where the limits contradict each other or the memory does not suffice."""
     index = packed.index
@@ -112,5 +113,7 @@ def serving_plan(
     seq_len = min(max_seq_len or limit, pages * PAGE_SIZE)
     if max_seq_len is not None and seq_len < max_seq_len:
         raise RequestError(f"max_seq_len {max_seq_len}: the KV cache of {pages} pages holds {seq_len} positions")
-    settings = EngineSettings(str(packed.path), backend, seq_len, max_sequences, pages, max_batch_tokens, step_seconds)
+    settings = EngineSettings(
+        str(packed.path), backend, seq_len, max_sequences, pages, max_batch_tokens, step_seconds, use_graphs
+    )
     return ServingPlan(settings, weights, each)

@@ -31,6 +31,9 @@ class Tokenizer:
     """The `tokenizers` library over one file's tokenizer.json; `special_tokens` are those that chat templates name."""
 
     def __init__(self, packed: PackedFile) -> None:
+        """RequestError where the file holds none."""
+        if "tokenizer.json" not in packed.file_names():
+            raise no_tokenizer(packed.path)
         self._place = f"{printable(packed.path)}: tokenizer.json"
         self.json = packed.file("tokenizer.json").decode("utf-8", "replace")
         try:
@@ -86,6 +89,11 @@ class Tokenizer:
     def stream(self, prompt_ids: Sequence[int]) -> TextStream:
         """Text as ids come, after a prompt."""
         return TextStream(self._tokenizer, prompt_ids)
+
+
+def no_tokenizer(path: object) -> RequestError:
+    """What to say of a packed file without one."""
+    return RequestError(f"{printable(path)}: holds no tokenizer.json: give token ids instead of text")
 
 
 class TextStream:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from megalith.output import print_json
+from megalith.output import TRACE_HELP, print_traced
+
+if TYPE_CHECKING:
+    from megalith.runtime.bench import Plan
+    from megalith.runtime.trace import Trace
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
@@ -31,12 +36,35 @@ def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str
     help="Prompt lengths to time; may be given several times.",
 )  # fmt: skip
 @click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel of a decode step by itself.")
+@click.option(
+    "--trace", "trace_path", type=click.Path(path_type=Path), metavar="OUT.json",
+    help=TRACE_HELP.format(
+        what="of the host, and of every kernel of one prefill or four decode steps that follow each measurement"
+    ),
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON.")
-def bench(file: Path, decode: list[tuple[int, int]], prefill: tuple[int, ...], no_cuda_graph: bool, as_json: bool) -> None:
+def bench(
+    file: Path,
+    decode: list[tuple[int, int]],
+    prefill: tuple[int, ...],
+    no_cuda_graph: bool,
+    trace_path: Path | None,
+    as_json: bool,
+) -> None:
     """Time loading, prefill and decode of the packed file FILE on this machine's GPU: medians, sampling included."""
-    from megalith.runtime.bench import Bench, Plan
+    from megalith.runtime.bench import Plan
+    from megalith.runtime.trace import tracing
 
-    measured = Bench(file, Plan(decode, list(prefill), not no_cuda_graph))
+    with tracing(trace_path) as trace:
+        report = _measured(file, Plan(decode, list(prefill), not no_cuda_graph), trace, as_json)
+    print_traced(report if as_json else None, trace_path)
+
+
+def _measured(file: Path, plan: Plan, trace: Trace | None, as_json: bool) -> dict[str, Any]:
+    """Prints a row per figure unless JSON is wanted; what JSON says."""
+    from megalith.runtime.bench import Bench
+
+    measured = Bench(file, plan, trace)
     results = []
     if not as_json:
         click.echo(
@@ -47,8 +75,7 @@ def bench(file: Path, decode: list[tuple[int, int]], prefill: tuple[int, ...], n
         if not as_json:
             cells = (result.batch, result.context, result.ms, result.tokens_per_s, result.gbytes_per_s, result.percent_nominal)
             click.echo(f"{result.work:8} " + " ".join(_cell(value, width) for value, width in zip(cells, _WIDTHS, strict=True)))
-    if as_json:
-        print_json({"gpu": measured.device, "results": results})
+    return {"gpu": measured.device, "results": results}
 
 
 _WIDTHS = (5, 7, 9, 10, 7, 9)

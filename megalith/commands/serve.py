@@ -71,6 +71,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "error", "none"]), default="info", show_default=True)
 @click.option("--echo-step-ms", type=click.FloatRange(0), default=0.0, help="With --backend echo: time of a forward pass.")
+@click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel of a decode step by itself; NumPy has no graphs.")
 @click.option("--dry-run", is_flag=True, help="Print memory plan and limits, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 def serve(file: Path, config: Path | None, **options: Any) -> None:
@@ -95,6 +96,7 @@ def serve(file: Path, config: Path | None, **options: Any) -> None:
         kv_bytes=options["kv_cache_mib"] << 20 if options["kv_cache_mib"] else None,
         max_batch_tokens=options["max_batch_tokens"],
         step_seconds=options["echo_step_ms"] / 1e3,
+        use_graphs=not options["no_cuda_graph"],
     )
     if options["dry_run"]:
         packed.close()

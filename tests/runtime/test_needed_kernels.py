@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -35,7 +36,7 @@ class Asked:
         return self
 
     def bind(self, *arguments: object, **named: object) -> Launch:
-        return cast(Launch, None)
+        return cast(Launch, SimpleNamespace())
 
 
 @pytest.mark.parametrize(("name", "arch"), CASES)

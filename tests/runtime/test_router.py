@@ -10,7 +10,7 @@ import pytest
 from golden_models import GoldenModel
 
 import megalith
-from megalith.runtime.numpy_backend import route
+from megalith.runtime.numpy_ops import route
 
 
 @pytest.mark.parametrize("golden", ["mixtral", "mixtral_topk_all", "olmoe", "qwen3_moe", "gpt_oss_mxfp4"], indirect=True)

@@ -1,0 +1,75 @@
+"""The CuPy backend's launches and what `check` makes of them, without a device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_gpu import FakeGpu
+from golden_models import GoldenModel
+
+import megalith
+from megalith.runtime.check import NumpyPasses, bounded_prompt, compare, num_comparisons, random_prompt
+from megalith.runtime.cupy_passes import CupyPasses
+from megalith.runtime.gpu_buffers import Limits
+from megalith.runtime.gpu_program import DecodePass, GpuProgram, Places, PrefillPass
+from megalith.runtime.numpy_backend import NumpyBackend
+from megalith.runtime.program import Kind, build_program, operation_name
+
+
+class NoKernel:
+    """Takes any arguments; the launch does nothing but count."""
+
+    def __init__(self, build: Any, entry: str) -> None:
+        self.name = f"{build.source}.{entry}"
+
+    def bind(self, grid: Any, block: Any, args: Any, shared_bytes: int = 0, pdl: bool = True) -> Any:
+        return SimpleNamespace(name=self.name, grid=grid, block=block, operation=None, weight_bytes=0)
+
+
+def gpu_program(path: Path, arch: str) -> GpuProgram:
+    limits = Limits(4, 256, 128, 16, 132, 228 << 10, arch == "sm_90a")
+    with megalith.open(path) as packed:
+        return GpuProgram(packed.index, limits, Places(0, 0, defaultdict(int)), arch, NoKernel)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("golden", ["llama2", "qwen3"], indirect=True)
+def test_launches_of_both_passes_know_their_operation(golden: GoldenModel, tmp_path: Path, arch: str) -> None:
+    """Norms may be part of the launch that reads them; all else has one of its own, in the program's order."""
+    path = golden.pack(tmp_path)
+    program = gpu_program(path, arch)
+    with megalith.open(path) as packed:
+        names = packed.index.blobs.names
+        wanted = [op for op in build_program(packed.index) if op.kind is not Kind.NORM]
+    decode = program.decode(1, 1, DecodePass(0, 0))
+    prefill = program.prefill(PrefillPass(64, 1, 1, *[0] * 6))
+    for launches in (decode, prefill):
+        found = [launch.operation for launch in launches if launch.operation and launch.operation.kind is not Kind.NORM]
+        in_order = [op for i, op in enumerate(found) if i == 0 or op != found[i - 1]]  # qkv_proj and what follows it
+        assert in_order == wanted
+        for launch in launches:
+            is_product = launch.name.startswith(("linear", "gemm"))
+            assert bool(launch.weight_bytes) == is_product
+            if is_product:
+                assert launch.operation is not None
+                assert operation_name(launch.operation, names) in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
+
+
+@pytest.mark.parametrize("golden", ["llama2", "mixtral"], indirect=True)
+def test_launches_are_cut_where_the_residual_stream_is_written(golden: GoldenModel, tmp_path: Path) -> None:
+    with megalith.open(golden.pack(tmp_path)) as packed:
+        reference, gpu, names = NumpyBackend(packed), FakeGpu(NumpyBackend(packed)), packed.index.blobs.names
+    ids = np.array(bounded_prompt(random_prompt(reference.config), reference.config))
+    found = list(compare(NumpyPasses(reference), CupyPasses(gpu), ids, 2, names))  # type: ignore[arg-type]
+    assert len(found) == num_comparisons(reference.program, 2)
+    assert {one.relative_error for one in found} == {0.0}
+    count = len(ids)
+    assert gpu.calls == [
+        ("reserve", count), ("prefill", count), ("reserve", count + 1), ("decode", count), ("reserve", count + 2),
+        ("decode", count + 1),
+    ]  # fmt: skip
