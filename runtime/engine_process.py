@@ -104,7 +104,7 @@ class EngineProcess:
         try:
             self._make_grammars = grammars_of(self._settings.path)
             executor = build_executor(self._settings)
-            scheduler = Scheduler(executor, self._settings.max_batch_tokens)
+            scheduler = Scheduler(executor, self._settings.max_batch_tokens, self._settings.prefill_chunk)
         except MegalithError as error:
             self._send(Unusable(str(error), error.exit_code))
             return

@@ -27,6 +27,7 @@ class EngineSettings(msgspec.Struct, frozen=True):
     max_sequences: int
     num_pages: int
     max_batch_tokens: int
+    prefill_chunk: int
     step_seconds: float = 0.0  # of the echo engine
 
 

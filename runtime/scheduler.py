@@ -1,7 +1,9 @@
 """Continuous batching: which tokens of which sequences go into the next forward pass.
 
-Every pass holds one token of each decoding sequence, and chunks of prompts up to `max_batch_tokens`. Where the executor
-runs ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have ended had one
+Every pass holds one token of each decoding sequence, and chunks of prompts. Alone these fill `max_batch_tokens`; beside
+decoding sequences they are kept to `prefill_chunk` tokens and some for each of the sequences, about as much as takes a
+device as long as the decoding does, so that a pass is at most twice as long and tokens come evenly. Where the executor runs
+ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have ended had one
 more token computed, and keeps slot and pages until that pass is collected. When pages run out, the sequence admitted
 last gives its pages up and is computed again later.
 """
@@ -22,6 +24,8 @@ from .executor import PAGE_SIZE, Executor, Sampled, SequenceStep, Ticket
 from .pages import Pages, PrefixHash
 from .sequences import Emitted, Finish, Request, Sequence
 
+PREFILL_CHUNK = 256
+CHUNK_PER_SEQUENCE = 2  # prompt tokens that take a device about as long as one more decoding sequence
 _EXPIRY_SECONDS = 0.01  # between looks at deadlines
 
 Planned = list[tuple[Sequence, SequenceStep]]
@@ -43,11 +47,17 @@ class Load:
 class Scheduler:
     """Owns the sequences, the pages and the passes in flight; `step` does one pass' worth of work."""
 
-    def __init__(self, executor: Executor, max_batch_tokens: int = 512, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        max_batch_tokens: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if max_batch_tokens <= executor.max_sequences:
             raise RequestError(f"max_batch_tokens {max_batch_tokens}: must be more than the {executor.max_sequences} sequences")
         self._executor = executor
-        self._budget = max_batch_tokens
+        self._max_batch_tokens, self._prefill_chunk = max_batch_tokens, prefill_chunk
         self._clock = clock
         self._pages = Pages(executor.num_pages)
         self._prefixes = PrefixHash()
@@ -126,7 +136,7 @@ class Scheduler:
                 planned += self._decode(sequence)
         # those that gave up their pages for others of this pass
         planned = [(sequence, step) for sequence, step in planned if self._may_run(sequence)]
-        budget = self._budget - len(planned)
+        budget = self._prompt_tokens_beside(len(planned))
         for sequence in list(self._running):
             if sequence.is_prefilling and self._may_run(sequence) and budget > 0:
                 budget -= self._prefill(sequence, budget, planned)
@@ -137,6 +147,11 @@ class Scheduler:
             sequence.sampling += step.sample
             sequence.planned = step.start + step.num_tokens
         return planned
+
+    def _prompt_tokens_beside(self, num_decoding: int) -> int:
+        """How many tokens of prompts go into a pass."""
+        room = self._max_batch_tokens - num_decoding
+        return min(room, self._prefill_chunk + CHUNK_PER_SEQUENCE * num_decoding) if num_decoding else room
 
     @staticmethod
     def _may_run(sequence: Sequence) -> bool:

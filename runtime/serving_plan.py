@@ -10,10 +10,12 @@ from megalith.format.reader import PackedFile
 from .executor import PAGE_SIZE
 from .messages import EngineSettings
 from .numpy_executor import page_bytes
+from .scheduler import PREFILL_CHUNK
 from .weights import default_cache_bytes
 
 DEFAULT_SEQUENCES = 64
 DEFAULT_BATCH_TOKENS = 512
+DEFAULT_GPU_BATCH_TOKENS = 2048
 _CACHE_SHARE = 0.5  # of the memory that is left beside the weights
 _MOST_PAGES = 1 << 20
 
@@ -42,6 +44,7 @@ class ServingPlan:
             "max_seq_len": settings.max_seq_len,
             "max_sequences": settings.max_sequences,
             "max_batch_tokens": settings.max_batch_tokens,
+            "prefill_chunk": settings.prefill_chunk,
         }
 
 
@@ -86,7 +89,8 @@ def serving_plan(
     max_seq_len: int | None = None,
     max_sequences: int = DEFAULT_SEQUENCES,
     kv_bytes: int | None = None,
-    max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    max_batch_tokens: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
     step_seconds: float = 0.0,
 ) -> ServingPlan:
     """The plan for a file; RequestError where the limits contradict each other or the memory does not suffice."""
@@ -94,9 +98,11 @@ def serving_plan(
     limit = index.config.max_seq_len
     if max_seq_len is not None and not 1 <= max_seq_len <= limit:
         raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
+    backend = _resolved(backend)
+    if max_batch_tokens is None:
+        max_batch_tokens = DEFAULT_GPU_BATCH_TOKENS if backend == "cupy" else DEFAULT_BATCH_TOKENS
     if max_batch_tokens <= max_sequences:
         raise RequestError(f"max_batch_tokens {max_batch_tokens}: must be more than the {max_sequences} sequences")
-    backend = _resolved(backend)
     memory = _memory(packed, backend, max_seq_len or limit, max_sequences, max_batch_tokens)
     each, weights = memory.page_bytes, memory.weight_bytes
     full = max_sequences * -(-(max_seq_len or limit) // PAGE_SIZE)
@@ -108,5 +114,7 @@ def serving_plan(
     seq_len = min(max_seq_len or limit, pages * PAGE_SIZE)
     if max_seq_len is not None and seq_len < max_seq_len:
         raise RequestError(f"max_seq_len {max_seq_len}: the KV cache of {pages} pages holds {seq_len} positions")
-    settings = EngineSettings(str(packed.path), backend, seq_len, max_sequences, pages, max_batch_tokens, step_seconds)
+    settings = EngineSettings(
+        str(packed.path), backend, seq_len, max_sequences, pages, max_batch_tokens, prefill_chunk, step_seconds
+    )
     return ServingPlan(settings, weights, each)
