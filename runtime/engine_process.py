@@ -38,6 +38,7 @@ from .scheduler import Scheduler
 from .sequences import Emitted, Finish, Request
 
 _RECEIVE_BYTES = 1 << 18
+_SIGN_SECONDS = 0.05  # of work without results, after which the server is told that it goes on
 
 
 def build_executor(settings: EngineSettings) -> Executor:
@@ -109,6 +110,10 @@ class EngineProcess:
             self._send(Unusable(str(error), error.exit_code))
             return
         self._send(Ready(time.monotonic() - begun))
+        self._serve(scheduler)
+
+    def _serve(self, scheduler: Scheduler) -> None:
+        said = 0.0
         while True:
             data = self._receive(wait=scheduler.is_idle)
             if data:
@@ -116,8 +121,10 @@ class EngineProcess:
             refused = [emission for message in self._pending for emission in self._handle(scheduler, message)]
             self._pending.clear()
             emitted = scheduler.step()
-            if emitted or refused:
+            now = time.monotonic()
+            if emitted or refused or now > said + _SIGN_SECONDS:
                 self._send(progress(scheduler, emitted, refused))
+                said = now
 
     def _handle(self, scheduler: Scheduler, data: bytes) -> list[Emission]:
         message = to_engine_decoder.decode(data)

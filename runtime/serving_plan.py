@@ -16,6 +16,8 @@ from .weights import default_cache_bytes
 DEFAULT_SEQUENCES = 64
 DEFAULT_BATCH_TOKENS = 512
 DEFAULT_GPU_BATCH_TOKENS = 2048
+DEFAULT_PASS_SECONDS = 600.0  # NumPy may take minutes for a large model's prompts
+DEFAULT_GPU_PASS_SECONDS = 60.0  # a first pass compiles kernels
 _CACHE_SHARE = 0.5  # of the memory that is left beside the weights
 _MOST_PAGES = 1 << 20
 
@@ -45,6 +47,7 @@ class ServingPlan:
             "max_sequences": settings.max_sequences,
             "max_batch_tokens": settings.max_batch_tokens,
             "prefill_chunk": settings.prefill_chunk,
+            "pass_timeout": settings.pass_timeout,
         }
 
 
@@ -91,6 +94,7 @@ def serving_plan(
     kv_bytes: int | None = None,
     max_batch_tokens: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    pass_timeout: float | None = None,
     step_seconds: float = 0.0,
 ) -> ServingPlan:
     """The plan for a file; RequestError where the limits contradict each other or the memory does not suffice."""
@@ -101,6 +105,8 @@ def serving_plan(
     backend = _resolved(backend)
     if max_batch_tokens is None:
         max_batch_tokens = DEFAULT_GPU_BATCH_TOKENS if backend == "cupy" else DEFAULT_BATCH_TOKENS
+    if pass_timeout is None:
+        pass_timeout = DEFAULT_GPU_PASS_SECONDS if backend == "cupy" else DEFAULT_PASS_SECONDS
     if max_batch_tokens <= max_sequences:
         raise RequestError(f"max_batch_tokens {max_batch_tokens}: must be more than the {max_sequences} sequences")
     memory = _memory(packed, backend, max_seq_len or limit, max_sequences, max_batch_tokens)
@@ -115,6 +121,6 @@ def serving_plan(
     if max_seq_len is not None and seq_len < max_seq_len:
         raise RequestError(f"max_seq_len {max_seq_len}: the KV cache of {pages} pages holds {seq_len} positions")
     settings = EngineSettings(
-        str(packed.path), backend, seq_len, max_sequences, pages, max_batch_tokens, prefill_chunk, step_seconds
+        str(packed.path), backend, seq_len, max_sequences, pages, max_batch_tokens, prefill_chunk, pass_timeout, step_seconds
     )
     return ServingPlan(settings, weights, each)
