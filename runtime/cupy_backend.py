@@ -266,9 +266,7 @@ class CupyBackend:
             everything = np.full(-(-self.config.vocab_size // 32), -1, np.int32)
             fields.append(np.stack([everything if mask is None else mask for mask in masks]))
         positions, slots, *mask_at = self._staging.send(fields, self.stream)
-        for address in mask_at:
-            self._enqueue([self.program.mask(len(masks), address)])
-        self._enqueue([self.program.sample(len(masks), positions, slots)])
+        self._enqueue([self.program.sample(len(masks), positions, slots, *mask_at)])
 
     def logits_of(self, rows: Sequence[int]) -> F32:
         """Logits float32 [len(rows), vocab_size] of rows of the prefill that came last."""
