@@ -4,7 +4,8 @@ Every pass holds one token of each decoding sequence, and chunks of prompts. Alo
 decoding sequences they are kept to `prefill_chunk` tokens and some for each of the sequences, about as much as takes a
 device as long as the decoding does, so that a pass is at most twice as long and tokens come evenly. Where the executor runs
 ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have ended had one
-more token computed, and keeps slot and pages until that pass is collected. When pages run out, the sequence admitted
+more token computed, and keeps slot and pages until that pass is collected. A sequence most of whose prompt another one is
+just computing waits for its pages. When pages run out, the sequence admitted
 last gives its pages up and is computed again later.
 """
 
@@ -198,7 +199,7 @@ class Scheduler:
             sequence.pages = self._pages.find(sequence.hashes[: (len(tokens) - 1) // PAGE_SIZE])
         sequence.planned = len(sequence.pages) * PAGE_SIZE
         sequence.num_published = len(sequence.pages)
-        taken = self._pages.take(sequence.missing_pages(sequence.length + 1))
+        taken = None if self._is_on_its_way(sequence) else self._pages.take(sequence.missing_pages(sequence.length + 1))
         if taken is None:
             self._pages.release(sequence.pages)
             sequence.pages = []
@@ -215,6 +216,14 @@ class Scheduler:
         request = sequence.request
         self._executor.start(sequence.slot, request.parameters, request.prompt_ids, sequence.output_ids)
         return True
+
+    def _is_on_its_way(self, sequence: Sequence) -> bool:
+        """Whether a running prefill will share more than half of the full pages that this one would compute."""
+        lacking = range(len(sequence.pages), min(len(sequence.hashes), (sequence.length - 1) // PAGE_SIZE))
+        if not lacking:
+            return False
+        page = lacking[len(lacking) // 2]
+        return any(self._may_run(other) and other.is_computing(sequence.hashes, page) for other in self._running)
 
     def _reserve(self, sequence: Sequence, stop: int) -> bool:
         """Pages for positions below `stop`, preempting later sequences where there are too few."""

@@ -108,7 +108,7 @@ def test_the_host_works_while_the_device_is_busy() -> None:
         executor = EchoExecutor(num_pages=2048, max_sequences=128, max_seq_len=1024, vocab_size=1000, step_seconds=step)
         scheduler = Scheduler(executor, max_batch_tokens=128 * PROMPT)
         for number in range(128):
-            scheduler.add(Request(number, "a", list(range(PROMPT)), SamplingParameters(), OUTPUT))
+            scheduler.add(Request(number, "a", [number] * PROMPT, SamplingParameters(), OUTPUT))
         for _ in range(20):  # the first reads all prompts
             scheduler.step()
         begun = time.monotonic()
