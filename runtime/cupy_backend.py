@@ -98,7 +98,7 @@ def planned_limits(
     """What a backend of these sizes is planned for, its number of pages still open."""
     seq_len = min(max_seq_len, packed.index.rope_positions)
     uses_wgmma = can_use_wgmma(facts.arch, packed.index.config)
-    prefill_tokens = min(max_prefill_tokens, seq_len)
+    prefill_tokens = min(max_prefill_tokens, max_sequences * seq_len)  # chunks of several prompts go into one pass
     return Limits(max_sequences, seq_len, prefill_tokens, 0, facts.num_sms, facts.shared_limit, uses_wgmma)
 
 
