@@ -1,8 +1,8 @@
 """Continuous batching: which tokens of which sequences go into the next forward pass.
 
 Every pass holds one token of each decoding sequence, and chunks of prompts. Alone these fill `max_batch_tokens`; beside
-decoding sequences they are kept to `prefill_chunk` tokens and some for each of the sequences, about as much as takes a
-device as long as the decoding does, so that a pass is at most twice as long and tokens come evenly. Where the executor runs
+decoding sequences they are kept to `prefill_chunk` tokens and some for each of the sequences: about as much as takes a
+device as long as the decoding does, so that passes are at most twice as long and tokens come evenly. Where the executor runs
 ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have ended had one
 more token computed, and keeps slot and pages until that pass is collected. A sequence most of whose prompt another one is
 just computing waits for its pages. When pages run out, the sequence admitted
@@ -25,8 +25,8 @@ from .executor import PAGE_SIZE, Executor, Sampled, SequenceStep, Ticket
 from .pages import Pages, PrefixHash
 from .sequences import Emitted, Finish, Request, Sequence
 
-PREFILL_CHUNK = 256
-CHUNK_PER_SEQUENCE = 2  # prompt tokens that take a device about as long as one more decoding sequence
+PREFILL_CHUNK = 192
+CHUNK_PER_SEQUENCE = 3  # the more decode, the longer a pass takes anyway, and the more end and make room for others
 _EXPIRY_SECONDS = 0.01  # between looks at deadlines
 
 Planned = list[tuple[Sequence, SequenceStep]]

@@ -57,9 +57,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 @click.option(
     "--prefill-chunk",
     type=click.IntRange(1),
-    default=256,
+    default=192,
     show_default=True,
-    help="Prompt tokens of a pass in which sequences decode, beside 2 for each of them: fewer make tokens come more evenly, "
+    help="Prompt tokens of a pass in which sequences decode, beside 3 for each of them: fewer make tokens come more evenly, "
     "more make a full queue shorter.",
 )
 @click.option("--kv-cache-mib", type=click.IntRange(1), help="Memory of the KV cache; default: what the backend finds free.")
