@@ -133,7 +133,7 @@ def planned_limits(
     """What a backend of these sizes is planned for, its number of pages still open."""
     seq_len = min(max_seq_len, packed.index.rope_positions)
     uses_wgmma = can_use_wgmma(facts.arch, packed.index.config)
-    prefill_tokens = min(max_prefill_tokens, seq_len)
+    prefill_tokens = min(max_prefill_tokens, max_sequences * seq_len)  # chunks of several prompts go into one pass
     return Limits(max_sequences, seq_len, prefill_tokens, 0, facts.num_sms, facts.shared_limit, uses_wgmma)
 
 
@@ -144,6 +144,12 @@ def kv_room(packed: PackedFile, max_seq_len: int, max_sequences: int, max_prefil
     free, _ = cupy.cuda.runtime.memGetInfo()
     others = plan_arena(packed.index.config, FileSpan.of(packed.header), limits, None, 0).nbytes
     return max(0, int(free) - _KEPT_BYTES - others)
+
+
+def longest_prefill(limits: Limits) -> list[tuple[int, int, int, int]]:
+    """(slot, first row, tokens, 0) of sequences that fill the largest prefill; one alone may be too short for it."""
+    count, most = limits.max_prefill_tokens, limits.max_seq_len
+    return [(slot, first, min(most, count - first), 0) for slot, first in enumerate(range(0, count, most))]
 
 
 @dataclass(frozen=True)
@@ -271,8 +277,9 @@ class CupyBackend:
         return CupyExecutor(self)
 
     def warm_up(self) -> WarmUp:
-        """Load every kernel and run every pass once, decode steps over no sequence and a prefill into a page that is free, so
-        that neither this process nor the driver allocates anything later. Before the first sequence.
+        """Load every kernel and run every pass once, decode steps over no sequence and a prefill into a page that is free (a
+        new block table names page 0 throughout), so that neither this process nor the driver allocates anything later. Before
+        the first sequence.
         """
         begun, (free, _) = time.perf_counter(), self.cupy.cuda.runtime.memGetInfo()
         self._kernels.load(self._needs.everything())
@@ -284,9 +291,9 @@ class CupyBackend:
                 for sampled in (False, True):
                     self._enqueue_decode(DecodeBatch(nobody, nobody, workers), sampled, self._use_graphs)
         count = self.limits.max_prefill_tokens
-        self.prefill(np.zeros(count, np.int64), [(0, 0, count, 0)], [count - 1])  # a new block table names page 0 throughout
-        nobody, everything = np.array([-1], np.int32), np.full(-(-self.config.vocab_size // 32), -1, np.int32)
-        self.sample(Rows(nobody, nobody), [everything])
+        self.prefill(np.zeros(count, np.int64), longest_prefill(self.limits), [count - 1])
+        nobody = np.array([-1], np.int32)
+        self.sample(Rows(nobody, nobody), [None])
         self.count_tokens(0, [0], [])
         self.read_logits(1)
         self.executor.close()
@@ -393,9 +400,7 @@ class CupyBackend:
             everything = np.full(-(-self.config.vocab_size // 32), -1, np.int32)
             fields.append(np.stack([everything if mask is None else mask for mask in masks]))
         positions, slots, *mask_at = self._staging.send(fields, self.stream)
-        for address in mask_at:
-            self._enqueue([self.program.mask(len(masks), address)])
-        self._enqueue([self.program.sample(len(masks), positions, slots)])
+        self._enqueue([self.program.sample(len(masks), positions, slots, *mask_at)])
 
     def logits_of(self, rows: Sequence[int]) -> F32:
         """Logits float32 [len(rows), vocab_size] of rows of the prefill that came last."""

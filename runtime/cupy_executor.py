@@ -54,6 +54,7 @@ class CupyExecutor:
         self._results = [backend.pinned(RESULT, limits.max_sequences) for _ in range(_PENDING)]
         self._events = [backend.cupy.cuda.Event(disable_timing=True) for _ in range(_PENDING)]
         self._sampled = 0  # passes so far: the device counts them too, for its ring
+        self._collected = 0  # of them
         backend.cupy.cuda.runtime.memsetAsync(backend.address("step"), 0, 8, backend.stream.ptr)
         self._submitted: dict[int, _Submitted] = {}
         self._last_ticket = 0
@@ -100,6 +101,7 @@ class CupyExecutor:
         found: dict[int, Sampled] = {}
         for each in submitted.passes:
             each.event.synchronize()
+            self._collected += 1
             for step, result in zip(each.steps, each.memory, strict=False):
                 found[step.slot] = self._sampled_of(step, result, submitted.scores.get(step.slot, ()))
         return [
@@ -111,6 +113,7 @@ class CupyExecutor:
         """Wait for what was enqueued; the arena goes with the backend."""
         self._backend.stream.synchronize()
         self._submitted.clear()
+        self._collected = self._sampled
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
@@ -155,6 +158,7 @@ class CupyExecutor:
             positions = np.array([step.start + step.num_tokens - 1 for step in steps], np.int32)
             slots = np.array([step.slot for step in steps], np.int32)
             backend.sample(Rows(positions, slots), [step.allowed for step in steps])
+        assert self._sampled - self._collected < _PENDING, "a pass' results would be lost"
         turn = self._sampled % _PENDING
         memory, event = self._results[turn], self._events[turn]
         source = backend.address("sampling_ring") + self._sampled % RING_STEPS * self.max_sequences * RESULT.itemsize

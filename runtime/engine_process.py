@@ -6,6 +6,7 @@ fails the requests it had and starts another.
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import sys
@@ -38,6 +39,7 @@ from .scheduler import Scheduler
 from .sequences import Emitted, Finish, Request
 
 _RECEIVE_BYTES = 1 << 18
+_SIGN_SECONDS = 0.05  # of work without results, after which the server is told that it goes on
 
 
 def build_executor(settings: EngineSettings) -> Executor:
@@ -103,11 +105,17 @@ class EngineProcess:
         try:
             self._make_grammars = grammars_of(self._settings.path)
             executor = build_executor(self._settings)
-            scheduler = Scheduler(executor, self._settings.max_batch_tokens)
+            scheduler = Scheduler(executor, self._settings.max_batch_tokens, self._settings.prefill_chunk)
         except MegalithError as error:
             self._send(Unusable(str(error), error.exit_code))
             return
+        gc.collect()
+        gc.freeze()  # what is loaded stays: a full collection of it takes 10 ms and more, between two tokens
         self._send(Ready(time.monotonic() - begun))
+        self._serve(scheduler)
+
+    def _serve(self, scheduler: Scheduler) -> None:
+        said = 0.0
         while True:
             data = self._receive(wait=scheduler.is_idle)
             if data:
@@ -115,8 +123,10 @@ class EngineProcess:
             refused = [emission for message in self._pending for emission in self._handle(scheduler, message)]
             self._pending.clear()
             emitted = scheduler.step()
-            if emitted or refused:
+            now = time.monotonic()
+            if emitted or refused or now > said + _SIGN_SECONDS:
                 self._send(progress(scheduler, emitted, refused))
+                said = now
 
     def _handle(self, scheduler: Scheduler, data: bytes) -> list[Emission]:
         message = to_engine_decoder.decode(data)

@@ -154,13 +154,16 @@ class GpuProgram:
         tiled = self._limits.has_wgmma and num_rows > self._limits.rows_tokens
         return [self._norm(norm, num_rows, rows, self._reader_layout(norm), tiled), self._dense(head, num_rows, tiled)]
 
-    def sample(self, num_rows: int, positions: int, slots: int) -> Launch:
-        """A token for each row of logits, into the ring; addresses of int32 [num_rows] as for a decode step."""
+    def sample(self, num_rows: int, positions: int, slots: int, masks: int = 0) -> Launch:
+        """A token for each row of logits, into the ring; addresses of int32 [num_rows] as for a decode step.
+
+        `masks`: u32 [num_rows][ceil32(vocab_size) / 32], one bit for each token that a grammar allows; 0 for none.
+        """
         places, config = self._places, self.config
         addresses = (
             places["logits"], places["adjusted_logits"], places["sampling_work"], slots, positions, places["sampling_slots"],
             places["sampling_biases"], places["token_counts"], places["last_token"], places["finished"], places["eos_tokens"],
-            places["sampling_ring"], places["step"],
+            places["sampling_ring"], masks, places["step"],
         )  # fmt: skip
         numbers = (
             config.vocab_size, self.logits_pitch, self.logits_pitch, len(config.eos_token_ids), RING_STEPS,
@@ -175,12 +178,6 @@ class GpuProgram:
         counts = self._places["token_counts"] + 2 * slot * self.logits_pitch
         args = (counts, i32(self.config.vocab_size), ids, i32(count), i32(generated))
         return self._launch("sampling", "count_tokens", {}, (min(64, -(-count // 256)), 1, 1), (256, 1, 1), args)
-
-    def mask(self, num_rows: int, masks: int) -> Launch:
-        """Put out what a grammar does not allow: one bit per token, u32 [num_rows][ceil32(vocab_size) / 32]."""
-        args = (self._places["logits"], i32(self.logits_pitch), i32(self.config.vocab_size), masks)
-        blocks = min(64, -(-self.config.vocab_size // 256))
-        return self._launch("mask_logits", "mask_logits", {}, (blocks, num_rows, 1), (256, 1, 1), args)
 
     # ---- operations ------------------------------------------------------------------------------------------------
 

@@ -69,8 +69,6 @@ def _vectors(arch: str) -> Iterator[Build]:
     yield Build.of("embedding", arch, ELEMENT_BF16=1)
     yield Build.of("embedding", arch, ELEMENT_F16=1)
     yield Build.of("sampling", arch)
-    yield Build.of("mask_logits", arch, ELEMENT_BF16=1)
-    yield Build.of("mask_logits", arch, ELEMENT_F16=1)
     for hidden_size, tiled, lane_columns in ((2560, 0, 8), (8192, 1, 8), (2880, 0, 32)):
         layout: Defines = {"ACTIVATION_TILED": tiled, "LANE_COLUMNS": lane_columns}
         yield Build.of("rmsnorm", arch, ELEMENT_BF16=1, HIDDEN_SIZE=hidden_size, WEIGHT_F32=0, **layout)

@@ -27,6 +27,8 @@ class EngineSettings(msgspec.Struct, frozen=True):
     max_sequences: int
     num_pages: int
     max_batch_tokens: int
+    prefill_chunk: int
+    pass_timeout: float  # seconds, after which the server ends an engine that says nothing
     step_seconds: float = 0.0  # of the echo engine
     use_graphs: bool = True  # of the CuPy engine
 

@@ -66,9 +66,7 @@ class KernelNeeds:
         limits = self._limits
         rows = token_classes(limits.max_sequences)
         wanted = self.decode(batch_buckets(limits.max_sequences)) + self.prefill(token_classes(limits.max_tokens), rows)
-        self._noted.clear()
-        self._program.mask(1, 0)
-        return list(dict.fromkeys([*wanted, *self._noted]))
+        return list(dict.fromkeys(wanted))
 
 
 def batch_bucket(count: int, max_sequences: int) -> int:

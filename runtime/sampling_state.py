@@ -31,8 +31,8 @@ ROW = np.dtype([
 ARGUMENTS = np.dtype([
     ("logits", "<u8"), ("adjusted", "<u8"), ("work", "<u8"), ("slots", "<u8"), ("positions", "<u8"), ("parameters", "<u8"),
     ("biases", "<u8"), ("counts", "<u8"), ("last_token", "<u8"), ("finished", "<u8"), ("eos_tokens", "<u8"), ("ring", "<u8"),
-    ("step", "<u8"), ("vocab_size", "<i4"), ("logits_pitch", "<i4"), ("counts_pitch", "<i4"), ("num_eos_tokens", "<i4"),
-    ("ring_steps", "<i4"), ("ring_rows", "<i4"),
+    ("masks", "<u8"), ("step", "<u8"), ("vocab_size", "<i4"), ("logits_pitch", "<i4"), ("counts_pitch", "<i4"),
+    ("num_eos_tokens", "<i4"), ("ring_steps", "<i4"), ("ring_rows", "<i4"),
 ])  # fmt: skip
 STRUCTURES = {
     "SamplingSlot": SLOT,
@@ -55,7 +55,7 @@ def row_pitch(vocab_size: int) -> int:
 
 
 def state_bytes(max_rows: int, max_slots: int, vocab_size: int, ring_steps: int, with_penalties: bool) -> dict[str, int]:
-    """Device memory by buffer. `adjusted` and `counts` (2 bytes per slot and token of the vocabulary) serve penalties."""
+    """Device memory by buffer. `adjusted` serves penalties and masks, `counts` (2 bytes per slot and token) penalties."""
     pitch = row_pitch(vocab_size)
     return {
         "sampling_work": max_rows * ROW.itemsize,

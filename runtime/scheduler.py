@@ -1,8 +1,11 @@
 """Continuous batching: which tokens of which sequences go into the next forward pass.
 
-Every pass holds one token of each decoding sequence, and chunks of prompts up to `max_batch_tokens`. Where the executor
-runs ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have ended had one
-more token computed, and keeps slot and pages until that pass is collected. When pages run out, the sequence admitted
+Every pass holds one token of each decoding sequence, and chunks of prompts. Alone these fill `max_batch_tokens`; beside
+decoding sequences they are kept to `prefill_chunk` tokens and some for each of the sequences: about as much as takes a
+device as long as the decoding does, so that passes are at most twice as long and tokens come evenly. Where the executor runs
+ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have ended had one
+more token computed, and keeps slot and pages until that pass is collected. A sequence most of whose prompt another one is
+just computing waits for its pages. When pages run out, the sequence admitted
 last gives its pages up and is computed again later.
 """
 
@@ -22,6 +25,8 @@ from .executor import PAGE_SIZE, Executor, Sampled, SequenceStep, Ticket
 from .pages import Pages, PrefixHash
 from .sequences import Emitted, Finish, Request, Sequence
 
+PREFILL_CHUNK = 192
+CHUNK_PER_SEQUENCE = 3  # the more decode, the longer a pass takes anyway, and the more end and make room for others
 _EXPIRY_SECONDS = 0.01  # between looks at deadlines
 
 Planned = list[tuple[Sequence, SequenceStep]]
@@ -43,11 +48,17 @@ class Load:
 class Scheduler:
     """Owns the sequences, the pages and the passes in flight; `step` does one pass' worth of work."""
 
-    def __init__(self, executor: Executor, max_batch_tokens: int = 512, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        max_batch_tokens: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if max_batch_tokens <= executor.max_sequences:
             raise RequestError(f"max_batch_tokens {max_batch_tokens}: must be more than the {executor.max_sequences} sequences")
         self._executor = executor
-        self._budget = max_batch_tokens
+        self._max_batch_tokens, self._prefill_chunk = max_batch_tokens, prefill_chunk
         self._clock = clock
         self._pages = Pages(executor.num_pages)
         self._prefixes = PrefixHash()
@@ -126,7 +137,7 @@ class Scheduler:
                 planned += self._decode(sequence)
         # those that gave up their pages for others of this pass
         planned = [(sequence, step) for sequence, step in planned if self._may_run(sequence)]
-        budget = self._budget - len(planned)
+        budget = self._prompt_tokens_beside(len(planned))
         for sequence in list(self._running):
             if sequence.is_prefilling and self._may_run(sequence) and budget > 0:
                 budget -= self._prefill(sequence, budget, planned)
@@ -137,6 +148,11 @@ class Scheduler:
             sequence.sampling += step.sample
             sequence.planned = step.start + step.num_tokens
         return planned
+
+    def _prompt_tokens_beside(self, num_decoding: int) -> int:
+        """How many tokens of prompts go into a pass."""
+        room = self._max_batch_tokens - num_decoding
+        return min(room, self._prefill_chunk + CHUNK_PER_SEQUENCE * num_decoding) if num_decoding else room
 
     @staticmethod
     def _may_run(sequence: Sequence) -> bool:
@@ -183,7 +199,7 @@ class Scheduler:
             sequence.pages = self._pages.find(sequence.hashes[: (len(tokens) - 1) // PAGE_SIZE])
         sequence.planned = len(sequence.pages) * PAGE_SIZE
         sequence.num_published = len(sequence.pages)
-        taken = self._pages.take(sequence.missing_pages(sequence.length + 1))
+        taken = None if self._is_on_its_way(sequence) else self._pages.take(sequence.missing_pages(sequence.length + 1))
         if taken is None:
             self._pages.release(sequence.pages)
             sequence.pages = []
@@ -200,6 +216,14 @@ class Scheduler:
         request = sequence.request
         self._executor.start(sequence.slot, request.parameters, request.prompt_ids, sequence.output_ids)
         return True
+
+    def _is_on_its_way(self, sequence: Sequence) -> bool:
+        """Whether a running prefill will share more than half of the full pages that this one would compute."""
+        lacking = range(len(sequence.pages), min(len(sequence.hashes), (sequence.length - 1) // PAGE_SIZE))
+        if not lacking:
+            return False
+        page = lacking[len(lacking) // 2]
+        return any(self._may_run(other) and other.is_computing(sequence.hashes, page) for other in self._running)
 
     def _reserve(self, sequence: Sequence, stop: int) -> bool:
         """Pages for positions below `stop`, preempting later sequences where there are too few."""

@@ -92,6 +92,10 @@ class Sequence:
             return False  # the grammar's mask needs the token
         return len(self.output_ids) + self.sampling < self.request.max_tokens
 
+    def is_computing(self, hashes: list[bytes], page: int) -> bool:
+        """Whether this prefill will make findable what `hashes` names at `page`; a hash covers all pages before it too."""
+        return self.num_published < self.prefill_stop // PAGE_SIZE and self.hashes[page : page + 1] == [hashes[page]]
+
     def missing_pages(self, stop: int) -> int:
         """How many pages are needed beyond those held to write positions below `stop`."""
         return max(0, -(-stop // PAGE_SIZE) - len(self.pages))

@@ -10,10 +10,14 @@ from megalith.format.reader import PackedFile
 from .executor import PAGE_SIZE
 from .messages import EngineSettings
 from .numpy_executor import page_bytes
+from .scheduler import PREFILL_CHUNK
 from .weights import default_cache_bytes
 
 DEFAULT_SEQUENCES = 64
 DEFAULT_BATCH_TOKENS = 512
+DEFAULT_GPU_BATCH_TOKENS = 2048
+DEFAULT_PASS_SECONDS = 600.0  # NumPy may take minutes for a large model's prompts
+DEFAULT_GPU_PASS_SECONDS = 60.0  # far more than any pass: kernels are made before
 _CACHE_SHARE = 0.5  # of the memory that is left beside the weights
 _MOST_PAGES = 1 << 20
 
@@ -42,6 +46,8 @@ class ServingPlan:
             "max_seq_len": settings.max_seq_len,
             "max_sequences": settings.max_sequences,
             "max_batch_tokens": settings.max_batch_tokens,
+            "prefill_chunk": settings.prefill_chunk,
+            "pass_timeout": settings.pass_timeout,
         }
 
 
@@ -86,7 +92,9 @@ def serving_plan(
     max_seq_len: int | None = None,
     max_sequences: int = DEFAULT_SEQUENCES,
     kv_bytes: int | None = None,
-    max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    max_batch_tokens: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    pass_timeout: float | None = None,
     step_seconds: float = 0.0,
     use_graphs: bool = True,
 ) -> ServingPlan:
@@ -95,9 +103,13 @@ def serving_plan(
     limit = index.config.max_seq_len
     if max_seq_len is not None and not 1 <= max_seq_len <= limit:
         raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
+    backend = _resolved(backend)
+    if max_batch_tokens is None:
+        max_batch_tokens = DEFAULT_GPU_BATCH_TOKENS if backend == "cupy" else DEFAULT_BATCH_TOKENS
+    if pass_timeout is None:
+        pass_timeout = DEFAULT_GPU_PASS_SECONDS if backend == "cupy" else DEFAULT_PASS_SECONDS
     if max_batch_tokens <= max_sequences:
         raise RequestError(f"max_batch_tokens {max_batch_tokens}: must be more than the {max_sequences} sequences")
-    backend = _resolved(backend)
     if backend == "cupy":
         from .cupy_backend import longest_context
 
@@ -114,6 +126,15 @@ def serving_plan(
     if max_seq_len is not None and seq_len < max_seq_len:
         raise RequestError(f"max_seq_len {max_seq_len}: the KV cache of {pages} pages holds {seq_len} positions")
     settings = EngineSettings(
-        str(packed.path), backend, seq_len, max_sequences, pages, max_batch_tokens, step_seconds, use_graphs
+        str(packed.path),
+        backend,
+        seq_len,
+        max_sequences,
+        pages,
+        max_batch_tokens,
+        prefill_chunk,
+        pass_timeout,
+        step_seconds,
+        use_graphs,
     )
     return ServingPlan(settings, weights, each)

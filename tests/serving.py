@@ -19,14 +19,16 @@ from typing import Any
 class ServerProcess:
     """`megalith serve` on a free port; its log is read all the time."""
 
-    def __init__(self, model: Path, *options: str, environment: dict[str, str] | None = None, wait: bool = True) -> None:
+    def __init__(
+        self, model: Path, *options: str, environment: dict[str, str] | None = None, wait: bool = True, seconds: float = 30
+    ) -> None:
         command = [sys.executable, "-P", "-m", "megalith", "serve", str(model), "--port", "0", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, **(environment or {})})
         self.events: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if wait:
-            until(lambda: self.event("engine_ready") is not None or self.process.poll() is not None, 30)
+            until(lambda: self.event("engine_ready") is not None or self.process.poll() is not None, seconds)
             assert self.event("engine_ready"), self.events
 
     def _read(self) -> None:

@@ -58,7 +58,6 @@ CASES = {  # by kernel, the smallest that go through all of its parts
         "test_linear.py::test_products[mxfp4-112-576-8]",
         "test_linear.py::test_swiglu[7.0-BF16]",
     ),
-    "mask_logits": ("test_mask_logits.py::test_masks[1000]",),
     "qkv_post": (
         "test_qkv_post.py::test_queries_and_cache[80-3-1-none-inf-F16]",
         "test_qkv_post.py::test_queries_and_cache[16-9-3-full-inf-BF16]",
@@ -67,6 +66,7 @@ CASES = {  # by kernel, the smallest that go through all of its parts
     "sampling": (
         "test_sampling.py::test_draws_are_the_references[normal-1000]",
         "test_sampling.py::test_penalties_and_biases[333]",
+        "test_sampling.py::test_masks_decide_the_token_and_not_the_log_probabilities[1000]",
         "test_sampling.py::test_decode_state_moves_on",
     ),
 }

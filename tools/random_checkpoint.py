@@ -2,7 +2,8 @@
 """Write a checkpoint of random weights in the shape of a real model: config.json and safetensors, as from the hub.
 
 Matrices have a standard deviation of one over the root of their columns, so that activations keep their size; norms are
-near one. The values repeat every few million elements, at a different offset for each tensor.
+near one. The values repeat every few million elements, at a different offset for each tensor. The tokenizer has a text of
+its own for every id, a byte or a word of ASCII letters, so that any id can be served.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megalith.converter.config import describe_model
 from megalith.format.model import blob_specs
@@ -40,12 +42,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _PATTERN_ELEMENTS = 1 << 23
 _SHARD_BYTES = 2 << 30
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> int:
-    """BF16 shards and their index; returns the bytes of weights."""
+    """BF16 shards and their index, config and tokenizer; returns the bytes of weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+    word_tokenizer(config["vocab_size"]).save(str(folder / "tokenizer.json"), pretty=False)
     description = describe_model(config, {}, None, str(folder))
     rng = np.random.default_rng(seed)
     pattern = rng.standard_normal(_PATTERN_ELEMENTS).astype(np.float32)
@@ -62,6 +66,28 @@ def write_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> int
             shards[-1][description.architecture.tensor_names(part.role)[0]] = values.reshape(shape)
             held += values.nbytes
     return total + _save(folder, shards, last=True)
+
+
+def word_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level without merges: 256 bytes, then words that no text is ever split into; ValueError below 256 tokens."""
+    texts = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(texts):
+        raise ValueError(f"vocab_size {vocab_size}: a byte-level tokenizer has at least {len(texts)} tokens")
+    texts += [f"\u0120{_word(number)}" for number in range(vocab_size - len(texts))]  # \u0120 stands for the space
+    tokenizer = Tokenizer(models.BPE({text: number for number, text in enumerate(texts)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _word(number: int) -> str:
+    """a, b, .. z, aa, ab, ..: every number its own."""
+    letters = ""
+    number += 1
+    while number:
+        number, letter = divmod(number - 1, len(_LETTERS))
+        letters = _LETTERS[letter] + letters
+    return letters
 
 
 def _save(folder: Path, shards: list[dict[str, np.ndarray]], last: bool) -> int:

@@ -51,10 +51,26 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 @click.option(
     "--max-sequences", type=click.IntRange(1, 1024), default=64, show_default=True, help="Sequences that run at once."
 )
-@click.option("--max-batch-tokens", type=click.IntRange(2), default=512, show_default=True, help="Tokens of one forward pass.")
+@click.option(
+    "--max-batch-tokens", type=click.IntRange(2), show_default="512, on a GPU 2048", help="Tokens of one forward pass."
+)
+@click.option(
+    "--prefill-chunk",
+    type=click.IntRange(1),
+    default=192,
+    show_default=True,
+    help="Prompt tokens of a pass in which sequences decode, beside 3 for each of them: fewer make tokens come more evenly, "
+    "more make a full queue shorter.",
+)
 @click.option("--kv-cache-mib", type=click.IntRange(1), help="Memory of the KV cache; default: what the backend finds free.")
 @click.option("--max-queue", type=click.IntRange(0, 1 << 20), default=256, show_default=True, help="Sequences that wait.")
 @click.option("--request-timeout", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds of a request.")
+@click.option(
+    "--pass-timeout",
+    type=click.FloatRange(0.1),
+    show_default="600, on a GPU 60",
+    help="Seconds of a forward pass, after which the engine is taken to hang and started again.",
+)
 @click.option("--body-timeout", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds of a body.")
 @click.option("--header-timeout", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds of headers.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=8, show_default=True, help="Largest body.")
@@ -95,6 +111,8 @@ def serve(file: Path, config: Path | None, **options: Any) -> None:
         max_sequences=options["max_sequences"],
         kv_bytes=options["kv_cache_mib"] << 20 if options["kv_cache_mib"] else None,
         max_batch_tokens=options["max_batch_tokens"],
+        prefill_chunk=options["prefill_chunk"],
+        pass_timeout=options["pass_timeout"],
         step_seconds=options["echo_step_ms"] / 1e3,
         use_graphs=not options["no_cuda_graph"],
     )

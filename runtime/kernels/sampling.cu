@@ -3,12 +3,13 @@
 // sampling: grid (blocks per row, rows), block 512; a row's blocks wait for each other, so all must be resident at once
 //   (runtime/sampling_state.py plans it). Argument: SamplingArguments (sampling_state.cuh), by value. Per row, in this order:
 //   1. the adjusted logits, in FP32, every step rounded: + logit_bias; where the token came before, / or * repetition_penalty;
-//      - frequency_penalty * times generated; - presence_penalty if generated;
+//      - frequency_penalty * times generated; - presence_penalty if generated; the least finite float, whose weight is zero,
+//      where the row's mask does not allow the token;
 //   2. greedy: the largest, the lowest id among equals; or temperature, top-k, top-p, min-p and a draw as in
 //      runtime/sampler.py, with Philox4x64-10 of (seed; position + 1), the position of the token that is drawn;
-//   3. log probabilities, of the model's own logits: log softmax of the chosen token and of the likeliest.
+//   3. log probabilities, of the model's own logits before 1: log softmax of the chosen token and of the likeliest.
 //   Then: result into the ring, last_token, counts, positions += 1, finished. A row whose adjusted logits hold an infinity or
-//   a NaN (a token that is masked by -infinity too) is flagged instead, and its slot marked finished: nothing else of it changes.
+//   a NaN (of a token that is not allowed too) is flagged instead, and its slot marked finished: nothing else of it changes.
 //
 // count_tokens: grid any, block 256. Marks tokens of a prompt (generated 0) or counts generated ones (1) in a slot's counts,
 //   which the host has cleared; for slots with penalties, once, before their first step. Ids outside the vocabulary are skipped.
@@ -21,6 +22,7 @@
 constexpr u32 IN_PROMPT = 0x8000u;
 constexpr u32 MAX_COUNT = 0x7fffu;
 constexpr int COUNT_THREADS = 256;
+constexpr float FLOAT_MAX = 3.402823466e38f;
 
 // First word of NumPy's Philox(key = seed, counter = position): it increments the counter before it draws.
 DEVICE u64 philox(u64 seed, u64 position) {
@@ -55,14 +57,20 @@ struct Row {
 // Writes the block's chunk of adjusted logits.
 DEVICE void adjust(const SamplingArguments& a, const SamplingSlot& p, const Chunk& chunk, const Row& row, float* adjusted) {
     const u16* counts = a.counts == nullptr ? nullptr : a.counts + static_cast<u64>(row.slot) * a.counts_pitch;
-    for_each(row.raw, chunk, [&](int id, float x) { adjusted[id] = penalised(x, counts == nullptr ? 0 : counts[id], p); });
+    const u32* mask = a.masks == nullptr ? nullptr : a.masks + static_cast<u64>(row.index) * ((a.vocab_size + 31) / 32);
+    const auto value = [&](int id, float x) {
+        const bool is_allowed = mask == nullptr || mask[id / 32] >> id % 32 & 1;
+        if (!is_allowed && fabsf(x) <= FLOAT_MAX) return -FLOAT_MAX;  // what is not finite stays: the row is flagged
+        return penalised(x, counts == nullptr ? 0 : counts[id], p);
+    };
+    for_each(row.raw, chunk, [&](int id, float x) { adjusted[id] = value(id, x); });
     __syncthreads();
     const BiasEntry* biases = a.biases + static_cast<u64>(row.slot) * MAX_BIASED_TOKENS;
     const int begin = 4 * chunk.begin, end = min(4 * chunk.end, a.vocab_size);
     for (int i = threadIdx.x; i < min(p.num_biases, MAX_BIASED_TOKENS); i += THREADS) {
         const int id = biases[i].token;
         if (id < begin || id >= end) continue;
-        adjusted[id] = penalised(__fadd_rn(row.raw[id], biases[i].bias), counts == nullptr ? 0 : counts[id], p);
+        adjusted[id] = value(id, __fadd_rn(row.raw[id], biases[i].bias));
     }
     __syncthreads();
 }
@@ -261,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sampling(const Sampling
     Row row = {a.logits + static_cast<u64>(index) * a.logits_pitch, nullptr, index, slot};
     row.logits = row.raw;
     const bool wants_logprobs = p.top_logprobs >= 0;
-    if (is_adjusted(p)) {
+    if (a.masks != nullptr || is_adjusted(p)) {
         float* adjusted = a.adjusted + static_cast<u64>(index) * a.logits_pitch;
         adjust(a, p, chunk, row, adjusted);
         row.logits = adjusted;

@@ -66,7 +66,8 @@ struct SamplingArguments {
     u32* finished;              // [slots]
     const int* eos_tokens;      // [num_eos_tokens]
     SamplingResult* ring;       // [ring_steps][ring_rows]
+    const u32* masks;           // [rows][ceil32(vocab_size) / 32] or null: bit id % 32 of word id / 32, 1 where allowed
     u32* step;                  // [2]: steps done (the ring's place is step % ring_steps), rows done of this one
     int vocab_size, logits_pitch, counts_pitch, num_eos_tokens, ring_steps, ring_rows;
 };
-static_assert(sizeof(SamplingArguments) == 128, "as in sampling_state.py");
+static_assert(sizeof(SamplingArguments) == 136, "as in sampling_state.py");

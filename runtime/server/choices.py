@@ -64,7 +64,8 @@ class Choices:
         if item.finish in _FAILURES:
             status, text, code = _FAILURES[item.finish]
             raise ApiError(status, f"{text}: {item.message}" if item.message else text, code)
-        self.cached_tokens += item.cached_tokens
+        if number % self._plan.n == 0:  # the other choices share the first one's prompt, which is counted once
+            self.cached_tokens += item.cached_tokens
         piece = Piece(number, -1, "") if item.token < 0 else self._token(number, item.token, item.finish)
         piece.logprob, piece.top, piece.scores = item.logprob, item.top, item.scores
         return piece

@@ -1,5 +1,8 @@
 """The server's end of the engine process: starts it, sends requests, hands out what comes back, starts it again.
 
+An engine with work sends something at least once a pass. One that says nothing for `pass_timeout` seconds hangs: it is
+killed, which ends its requests as any crash does.
+
 A `Stream` collects what one HTTP request's sequences get; whoever answers the request takes all that is there at once,
 so that a client that reads slowly, or a server that is busy, gets larger pieces instead of a longer queue.
 """
@@ -96,8 +99,10 @@ class EngineClient(asyncio.Protocol):
         self._process: subprocess.Popen[bytes] | None = None
         self._unframer = Unframer()
         self._supervisor: asyncio.Task[None] | None = None
+        self._watchdog: asyncio.Task[None] | None = None
         self._lost: asyncio.Future[None] | None = None
         self._is_stopping = False
+        self._silent_since: float | None = None  # seconds of time.monotonic(), while it should say something
 
     @property
     def outstanding(self) -> int:
@@ -111,14 +116,16 @@ class EngineClient(asyncio.Protocol):
     def begin(self) -> None:
         """Start the process and keep it running, in the background."""
         self._supervisor = asyncio.create_task(self._supervise())
+        self._watchdog = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """End the process."""
         self._is_stopping = True
         self.is_ready = False
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+        tasks = [task for task in (self._supervisor, self._watchdog) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._end_process()
 
     def submit(self, stream: Stream, number: int, make: Callable[[int], Submit]) -> int:
@@ -128,6 +135,8 @@ class EngineClient(asyncio.Protocol):
         sequence_id = next(self._ids)
         self._streams[sequence_id] = (stream, number)
         self._send(make(sequence_id))
+        if self._silent_since is None:
+            self._silent_since = time.monotonic()
         return sequence_id
 
     def cancel(self, sequence_id: int) -> None:
@@ -155,6 +164,17 @@ class EngineClient(asyncio.Protocol):
             await asyncio.sleep(delay)
             self.restarts += 1
 
+    async def _watch(self) -> None:
+        """Kill an engine that hangs."""
+        limit = self.settings.pass_timeout
+        while True:
+            await asyncio.sleep(min(1.0, limit / 4))
+            if self.is_ready and self._silent_since is not None and time.monotonic() > self._silent_since + limit:
+                assert self._process is not None
+                log("error", "engine_hangs", silent_seconds=limit, outstanding=self.outstanding, pid=self.pid)
+                self.is_ready = False
+                self._process.kill()
+
     async def _start(self) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "megalith.runtime.engine_process", str(theirs.fileno())]
@@ -165,7 +185,7 @@ class EngineClient(asyncio.Protocol):
             )
         self._unframer = Unframer()
         self._lost = asyncio.get_running_loop().create_future()
-        self.unusable = None
+        self.unusable, self._silent_since = None, None
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
         self._send(Settings(self.settings))
 
@@ -240,5 +260,6 @@ class EngineClient(asyncio.Protocol):
             if emission.finish is not None:
                 del streams[emission.id]
             found[0].push((found[1], emission))
+        self._silent_since = time.monotonic() if streams else None
         self.load = message.load
         self._on_step(message.load)

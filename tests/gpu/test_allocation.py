@@ -97,7 +97,7 @@ def test_serving_allocates_nothing(backend: CupyBackend) -> None:
 
 
 def serve(executor: CupyExecutor, vocab_size: int, batch: int) -> list[list[Sampled]]:
-    """Prefill in chunks of odd sizes, prompts scored, then decoding with masks in every third step."""
+    """Prefill in chunks of odd sizes, prompts scored, then decoding, in every third step with a mask on every other one."""
     rng = np.random.default_rng(batch)
     pages = executor.num_pages // executor.max_sequences
     tables = [tuple(range(pages * i, pages * (i + 1))) for i in range(batch)]
@@ -112,14 +112,15 @@ def serve(executor: CupyExecutor, vocab_size: int, batch: int) -> list[list[Samp
             targets = np.append(chunk[1:], -1) if slot % 4 == 1 else None
             step = SequenceStep(slot, chunk, start, tables[slot], end == len(prompt), end, targets=targets)
             found[slot] += [one for one in executor.collect(executor.submit([step])) if one.token >= 0]
-    mask = np.full(-(-vocab_size // 32), -1, np.int32)
+    even_ids = np.full(-(-vocab_size // 32), 0x55555555, np.int32)
     for count in range(30):
-        allowed = mask if count % 3 == 2 else None
+        masks = [even_ids if count % 3 == 2 and slot % 2 == 0 else None for slot in range(batch)]
         steps = [
-            SequenceStep(slot, None, int(length) + count, tables[slot], True, int(length) + count + 1, allowed)
+            SequenceStep(slot, None, int(length) + count, tables[slot], True, int(length) + count + 1, masks[slot])
             for slot, length in enumerate(lengths)
         ]
         for slot, one in enumerate(executor.collect(executor.submit(steps))):
+            assert masks[slot] is None or one.token % 2 == 0
             found[slot].append(one)
     return found
 

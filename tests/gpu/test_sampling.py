@@ -36,10 +36,11 @@ class Request:
     position: int = 7
     last_position: int = 1 << 30
     ignore_eos: bool = False
+    allowed: np.ndarray | None = None  # bool [vocab_size], a grammar's mask
 
 
 def adjusted(logits: np.ndarray, request: Request) -> np.ndarray:
-    """float32, each step rounded: bias, repetition, frequency, presence."""
+    """float32, each step rounded: bias, repetition, frequency, presence; the least finite float where a mask says no."""
     x = logits.copy()
     for token, bias in request.biases:
         x[token] += np.float32(bias)
@@ -49,7 +50,8 @@ def adjusted(logits: np.ndarray, request: Request) -> np.ndarray:
     repetition = np.float32(request.repetition)
     x = np.where(seen, np.where(x > 0, x / repetition, x * repetition), x)
     x = x - np.float32(request.frequency) * generated.astype(np.float32)
-    return np.asarray(x - np.where(generated > 0, np.float32(request.presence), np.float32(0)), np.float32)
+    x = np.asarray(x - np.where(generated > 0, np.float32(request.presence), np.float32(0)), np.float32)
+    return x if request.allowed is None else np.where(request.allowed, x, np.finfo(np.float32).min)
 
 
 def reference(logits: np.ndarray, request: Request) -> int:
@@ -117,6 +119,8 @@ class Sampler:
             "ring": gpu.empty_poisoned((RING_STEPS * self.rows * RESULT.itemsize,), np.uint8),
             "step": gpu.zeros((2,), np.uint32),
         }  # fmt: skip
+        if any(request.allowed is not None for request in requests):
+            self.buffers["masks"] = gpu.array(np.stack([mask_bits(request.allowed, self.vocab_size) for request in requests]))
         self.kernel = gpu.compile("sampling", "sampling")
         for slot, request in zip(slots, requests, strict=True):
             self._count(slot, request.prompt, 0)
@@ -154,6 +158,14 @@ class Sampler:
         return Outcome(
             ring[place], found["last_token"], found["finished"], found["positions"], found["counts"], work, found["step"]
         )
+
+
+def mask_bits(allowed: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """uint32 [ceil(vocab_size / 32)], the lowest bit first; bits beyond the vocabulary are set, as they may be."""
+    bits = np.ones(-(-vocab_size // 32) * 32, np.bool_)
+    if allowed is not None:
+        bits[:vocab_size] = allowed
+    return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
 def _slot(request: Request) -> np.ndarray:
@@ -312,6 +324,30 @@ def check_logprobs(logits: np.ndarray, requests: list[Request], results: np.ndar
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 1000, 32003, 151936])
+def test_masks_decide_the_token_and_not_the_log_probabilities(gpu: Any, vocab_size: int) -> None:
+    """Rows with few and many allowed tokens beside rows without a mask; with biases and penalties on some."""
+    rng = np.random.default_rng(vocab_size)
+    logits = 3 * rng.standard_normal((12, vocab_size), np.float32)
+    requests = []
+    for i in range(len(logits)):
+        allowed = rng.random(vocab_size) < (0.5, 2 / vocab_size, 0.01, 1.0)[i % 4]
+        allowed[rng.integers(vocab_size)] = True
+        put_out = np.flatnonzero(~allowed)[:2].tolist()
+        requests.append(Request(
+            SamplingParameters(float(i % 3) / 2, 30 * (i % 2), 0.95, seed=i), top_logprobs=6 * (i % 2) - (i % 3 == 0),
+            biases=tuple((token, 50.0) for token in put_out) * (i > 5), presence=0.5 * (i % 3), generated=(0,) * (i % 2),
+            allowed=None if i in (4, 7) else allowed,
+        ))  # fmt: skip
+    results = run(gpu, logits, requests)
+    assert not results["not_finite"].any()
+    assert count_ties(logits, requests, results["token"]) == 0
+    for request, token in zip(requests, results["token"], strict=True):
+        assert request.allowed is None or request.allowed[token]
+    check_logprobs(logits, requests, results)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["normal", "peaked", "flat", "ties", "outliers"])
 def test_log_probabilities(gpu: Any, shape: str) -> None:
     for vocab_size in (5, 700, 40001):
@@ -358,6 +394,16 @@ def test_rows_that_are_not_finite_are_flagged(gpu: Any, value: float) -> None:
     assert outcome.finished.tolist() == [0, 1, 1, 0]
     for i in (0, 3):
         assert outcome.results["token"][i] == reference(logits[i], requests[i])
+
+
+@pytest.mark.gpu
+def test_a_mask_does_not_hide_what_is_not_finite(gpu: Any) -> None:
+    logits = np.zeros((3, 70), np.float32)
+    logits[0, 40], logits[1, 40] = np.nan, np.inf
+    allowed = np.arange(70) == 7
+    results = run(gpu, logits, [Request(allowed=allowed)] * 3)
+    assert results["not_finite"].tolist() == [1, 1, 0]
+    assert results["token"].tolist() == [-1, -1, 7]
 
 
 @pytest.mark.gpu

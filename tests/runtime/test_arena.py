@@ -10,11 +10,25 @@ import pytest
 from megalith.format.errors import RequestError
 from megalith.format.reader import PackedFile
 from megalith.runtime.arena import FileSpan, plan_arena
+from megalith.runtime.cupy_backend import DeviceFacts, longest_prefill, planned_limits
 from megalith.runtime.gpu_buffers import Limits, device_buffers, page_bytes
 
 LIMITS = Limits(
     max_sequences=3, max_seq_len=100, max_prefill_tokens=48, num_pages=0, num_sms=132, shared_limit=228 << 10, has_wgmma=True,
 )  # fmt: skip
+
+
+def test_a_prefill_may_hold_chunks_of_several_prompts(packed_llama: Path) -> None:
+    facts = DeviceFacts("a GPU", "sm_90a", 132, 228 << 10)
+    with PackedFile(packed_llama) as packed:
+        assert planned_limits(packed, facts, 100, 8, 512).max_prefill_tokens == 512
+        assert planned_limits(packed, facts, 100, 1, 512).max_prefill_tokens == 100
+        assert longest_prefill(planned_limits(packed, facts, 100, 8, 250)) == [
+            (0, 0, 100, 0),
+            (1, 100, 100, 0),
+            (2, 200, 50, 0),
+        ]
+        assert longest_prefill(planned_limits(packed, facts, 100, 1, 512)) == [(0, 0, 100, 0)]
 
 
 def test_regions_follow_each_other_and_hold_what_the_backend_asks_for(packed_llama: Path) -> None:

@@ -55,7 +55,6 @@ def test_every_pass_finds_its_kernels(name: str, arch: str, mxfp4: bool, tmp_pat
     counts = [*range(1, 40), *np.random.default_rng(0).integers(40, 1501, 60).tolist(), 1500]
     for count in counts:
         asked.program.prefill(PrefillPass(count, 1, min(count, limits.max_sequences), *[0] * 6))
-    asked.program.mask(1, 0)
     asked.program.sample(1, 0, 0)
     asked.program.count_tokens(0, 0, 1, False)
     assert asked.kernels <= set(everything)

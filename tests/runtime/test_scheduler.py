@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import megalith
 from megalith.format.errors import RequestError
 from megalith.runtime.echo_executor import EchoExecutor
 from megalith.runtime.engine import Engine
-from megalith.runtime.executor import Executor, Sampled, Ticket
+from megalith.runtime.executor import Executor, Sampled, SequenceStep, Ticket
 from megalith.runtime.numpy_executor import NumpyExecutor
 from megalith.runtime.sampler import SamplingParameters
 from megalith.runtime.scheduler import Scheduler
@@ -103,6 +103,61 @@ def test_a_prefix_is_computed_once_and_gives_the_same_tokens(packed_llama: Path)
     other = [*prompt[:64], 5, *prompt[65:]]
     scheduler.add(request(3, other))
     assert finish(scheduler)[3][0].cached_tokens == 64
+
+
+class Counting(EchoExecutor):
+    """Counts the prompt tokens that it is given."""
+
+    num_prompt_tokens = 0
+
+    def submit(self, steps: Sequence[SequenceStep]) -> Ticket:
+        self.num_prompt_tokens += sum(step.num_tokens for step in steps if step.token_ids is not None)
+        return super().submit(steps)
+
+
+def counting() -> Counting:
+    return Counting(num_pages=200, max_sequences=8, max_seq_len=2048, vocab_size=1000)
+
+
+def test_identical_prompts_share_one_prefill() -> None:
+    """300 tokens are four full pages, and 44 tokens that each sequence computes."""
+    executor = counting()
+    scheduler = Scheduler(executor, max_batch_tokens=256)
+    prompt = list(range(300))
+    for number in range(5):
+        scheduler.add(request(number, prompt))
+    got = finish(scheduler)
+    assert executor.num_prompt_tokens == 300 + 4 * 44
+    assert [got[number][0].cached_tokens for number in range(5)] == [0, 256, 256, 256, 256]
+    assert all(tokens(one) == [0, 1, 2, 3, 4, 5, 6, 7] for one in got.values())
+    assert scheduler.load.pages_used == 0
+
+
+def test_prompts_that_wait_for_one_that_ends_are_computed_all_the_same() -> None:
+    executor = counting()
+    scheduler = Scheduler(executor, max_batch_tokens=64)
+    for number in range(3):
+        scheduler.add(request(number, range(300)))
+    scheduler.step()
+    scheduler.cancel(0)
+    got = finish(scheduler)
+    assert [got[number][0].cached_tokens for number in (1, 2)] == [0, 256]
+    assert all(tokens(got[number]) == [0, 1, 2, 3, 4, 5, 6, 7] for number in (1, 2))
+
+
+def test_a_prompt_that_shares_little_does_not_wait() -> None:
+    """One page of five: all are read in the first pass. Three of five: the second prompt waits for the first."""
+    for shared, num_passes in ((64, 1), (192, 3)):
+        executor = counting()
+        scheduler = Scheduler(executor, max_batch_tokens=1024)
+        for number in range(2):
+            scheduler.add(request(number, [*range(shared), *[500 + number] * (330 - shared)], 20))
+        passes = 0
+        while executor.num_prompt_tokens < 2 * 330 - (shared if num_passes > 1 else 0):
+            scheduler.step()
+            passes += 1
+        assert passes == num_passes
+        finish(scheduler)
 
 
 def test_unused_pages_are_taken_least_recently_used_first() -> None:

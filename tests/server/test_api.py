@@ -263,6 +263,29 @@ def test_a_second_prompt_with_the_same_beginning_finds_its_pages(server: ServerP
     assert usage["prompt_tokens_details"]["cached_tokens"] == len(prompt) // 64 * 64
 
 
+def test_choices_of_one_prompt_share_its_prefill_which_is_counted_once(server: ServerProcess) -> None:
+    prompt = "Another prefix, of its own, that fills more than one page of the cache. " * 3
+    usage = server.complete(prompt=prompt, max_tokens=1, n=4)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    _, _, text = server.request("GET", "/metrics")
+    found = next(line for line in text.decode().splitlines() if line.startswith("megalith_prefix_cache_hit_tokens_total "))
+    assert float(found.split()[1]) >= 3 * (len(prompt) // 64 * 64)
+    again = server.complete(prompt=prompt, max_tokens=1, n=4)["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == len(prompt) // 64 * 64
+
+
+def test_json_by_a_grammar_reports_the_models_own_log_probabilities(server: ServerProcess) -> None:
+    """A grammar says that the first token is a brace; without one the same logits give it the same log probability."""
+    chat = {"messages": MESSAGES, "max_tokens": 1, "logprobs": True, "top_logprobs": 5, "temperature": 0}
+    free = server.json("POST", "/v1/chat/completions", chat)["choices"][0]["logprobs"]["content"][0]
+    held = server.json("POST", "/v1/chat/completions", {**chat, "response_format": {"type": "json_object"}})
+    held = held["choices"][0]["logprobs"]["content"][0]
+    assert held["token"] == "{"
+    assert free["token"] != "{"
+    assert held["top_logprobs"] == free["top_logprobs"]
+    assert held["logprob"] < free["logprob"]
+
+
 def test_other_routes(server: ServerProcess) -> None:
     assert server.json("GET", "/version")["version"] == megalith.__version__
     assert server.json("GET", "/tokenizer_info")["vocab_size"] == 272

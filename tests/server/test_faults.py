@@ -318,6 +318,78 @@ def test_an_engine_that_hangs_is_504(model: Path) -> None:
         until(server.is_idle)
 
 
+FAULTY = """
+import os, time
+from pathlib import Path
+from megalith.runtime import echo_executor, launch
+
+faults = Path(os.environ["FAULTS"])
+while (faults / "hold").exists():  # an engine that is started again waits
+    time.sleep(0.01)
+
+def faulty(method, flag):
+    def call(self, *arguments):
+        if flag.exists():
+            what = flag.read_text()
+            flag.unlink()
+            if what == "hang":
+                time.sleep(1000)
+            raise launch.CudaError("linear.linear: CUDA_ERROR_ILLEGAL_ADDRESS (an illegal memory access was encountered)")
+        return method(self, *arguments)
+    return call
+
+for name in ("submit", "collect"):
+    method = getattr(echo_executor.EchoExecutor, name)
+    setattr(echo_executor.EchoExecutor, name, faulty(method, faults / name))
+"""
+
+
+def faulty_server(model: Path, folder: Path, *options: str) -> ServerProcess:
+    """Its executor fails once in the method after which a file in `folder` is named, as the file says."""
+    (folder / "sitecustomize.py").write_text(FAULTY)
+    environment = {"PYTHONPATH": str(folder), "FAULTS": str(folder)}
+    return ServerProcess(model, "--backend", "echo", "--echo-step-ms", "5", *options, environment=environment)
+
+
+@pytest.mark.parametrize("fault", ["hang", "error"])
+@pytest.mark.parametrize("method", ["submit", "collect"])
+def test_a_faulty_pass_fails_the_requests_it_has_and_the_engine_starts_again(
+    model: Path, tmp_path: Path, fault: str, method: str
+) -> None:
+    """A pass that never ends, and a CUDA error after which every call fails: the process goes, and all it had."""
+    with faulty_server(model, tmp_path, "--pass-timeout", "2") as server:
+        assert server.complete(prompt="x")["choices"]
+        ready = server.event("engine_ready")
+        assert ready is not None
+        streams = [server.open_stream({"prompt": "xy" * length, "max_tokens": 1500}) for length in (1, 100)]
+        for stream in streams:
+            assert b"200 OK" in stream.recv(4096)
+        (tmp_path / "hold").touch()
+        (tmp_path / method).write_text(fault)
+        for stream in streams:
+            rest = b""
+            while not rest.endswith(b"0\r\n\r\n"):
+                rest += stream.recv(1 << 16)
+            assert b'"code":"engine_failed"' in rest
+            stream.close()
+        assert server.request("GET", "/ready")[0] == 503
+        assert server.json("POST", COMPLETIONS, {"prompt": "x"}, status=503)["error"]["code"] == "engine_not_ready"
+        assert server.request("GET", "/health")[0] == 200
+        assert (server.event("engine_hangs") is not None) == (fault == "hang")
+        (tmp_path / "hold").unlink()
+        until(lambda: server.event("engine_ready") is not ready, 15)
+        assert server.complete(prompt="x")["choices"][0]["text"] == "x" * 8
+        assert server.is_idle()
+
+
+def test_a_slow_engine_that_works_is_not_taken_to_hang(model: Path) -> None:
+    """Four passes read the prompt, and give nothing, for longer in all than one may take."""
+    options = ("--backend", "echo", "--echo-step-ms", "700", "--max-batch-tokens", "65", "--pass-timeout", "2")
+    with ServerProcess(model, *options) as server:
+        assert server.complete(prompt="x" * 250, max_tokens=2)["choices"][0]["text"] == "xx"
+        assert server.event("engine_hangs") is None
+
+
 def test_readiness_is_503_while_the_engine_is_down(model: Path) -> None:
     with ServerProcess(model, "--backend", "echo") as server:
         ready = server.event("engine_ready")
