@@ -319,7 +319,8 @@ class GpuProgram:
             self._blob(qkv.k_norm) if qkv.k_norm >= 0 else 0, f32(config.rms_norm_eps), self._clip(), self._places.rope,
             step.positions, step.slots, self._places["block_table"], i32(self._limits.pages_per_sequence),
             self._cache(op.layer), i32(op.window), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
-            self._places["attention_sums"], self._places["attention_stats"], i32(build.max_splits), self._places["attention_arrived"],
+            self._places["attention_sums"], self._places["attention_stats"], i32(build.max_splits),
+            self._places["attention_arrived"],
         )  # fmt: skip
         grid = (workers, build.blocks, batch)
         return self._launch(

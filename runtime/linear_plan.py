@@ -54,8 +54,8 @@ def linear_shape(layout: str, num_tokens: int, shared_limit: int) -> LinearShape
     """The build for a number of tokens on a multiprocessor with `shared_limit` bytes of shared memory.
 
     A block takes a little more than a third of that, so that two products are resident, the one that runs and the next, whose
-    first weights are then on their way, and the attention between them, but no third product: one that starts
-    two kernels early takes the place of an attention or a product that is needed before it, on some multiprocessors and not on others.
+    first weights are then on their way, and the attention between them, but no third product: one that starts two kernels early
+    takes the place of an attention or a product that is needed before it, on some multiprocessors and not on others.
     """
     tiles = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
     least = padded(shared_limit // 3 - _RESERVED_BYTES + 1, 128)
