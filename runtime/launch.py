@@ -94,7 +94,7 @@ class Kernel:
         self._shared_bytes = 0  # dynamic shared memory allowed so far; what is static counts too, so each amount is asked for
 
     def _prefer_shared_memory(self) -> None:
-        """One split of L1 and shared memory for all: kernels that prefer different ones are never on a multiprocessor at once."""
+        """One split of L1 and shared memory for all: kernels that prefer different ones are not on a multiprocessor at once."""
         attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         percent = int(self.driver.CUshared_carveout.CU_SHAREDMEM_CARVEOUT_MAX_SHARED)
         check(self.driver.cuFuncSetAttribute(self.function, attribute, percent), f"{self.name}: shared memory", self.driver)
