@@ -42,6 +42,7 @@ constexpr int RING_BYTES = WARPS * RING_CHUNKS * CHUNK_BYTES;
 constexpr int SUMS_BYTES = WARPS * TOKEN_TILES * 32 * 16;
 constexpr int SHARED_BYTES = RING_BYTES + SUMS_BYTES + 8 * (WARPS * RING_CHUNKS + 2);
 static_assert(CHUNK_BYTES % 128 == 0, "ring slots stay aligned");
+static_assert(SHARED_BYTES <= 227 << 10, "what a block can have");
 
 struct Range {
     u64 begin, end;  // steps of the whole matrix
