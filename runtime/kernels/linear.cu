@@ -322,9 +322,9 @@ DEVICE void finish(const Work& work, const Exchange& exchange, const Output& out
     }
 }
 
-// On sm_90 and sm_100 a thread of the common builds has 72 registers at most, so that two products and an attention fit a
-// multiprocessor: as if blocks of 448 threads were to fit twice.
-#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+// On sm_90 a thread of the common builds has 72 registers at most, so that two products and an attention fit a multiprocessor:
+// as if blocks of 448 threads were to fit twice.
+#if __CUDA_ARCH__ == 900
 constexpr int BOUND_THREADS = TOKEN_TILES == 1 || (TOKEN_TILES == 2 && !CODEC_MXFP4) ? 448 : THREADS;
 #else
 constexpr int BOUND_THREADS = THREADS;
