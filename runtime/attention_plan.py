@@ -148,9 +148,9 @@ class DecodeAttention:
 def decode_attention(head_dim: int, group: int, num_kv_heads: int, shared_limit: int, num_sms: int) -> DecodeAttention:
     """The build for a GPU whose multiprocessors have `shared_limit` bytes of shared memory; UnsupportedError where none fits.
 
-    On sm_90 exactly one fits beside two products, and no two fit beside one (see `linear_shape`): shared memory and registers
-    of narrow heads' eight warps and of wide heads' four are chosen for that. Elsewhere there are fewer warps where four do not
-    fit.
+    On sm_90 exactly one fits beside two products, and no two fit beside one (see `linear_shape`): shared memory and
+    registers of narrow heads' eight warps and of wide heads' four are chosen for that. Elsewhere there are fewer warps
+    where those do not fit.
     """
     choices = ((4, 2), (2, 3), (2, 2)) if head_dim > 64 else ((8, 2), (4, 3))
     for warps, ring_slots in choices:

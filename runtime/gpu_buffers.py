@@ -13,7 +13,7 @@ from .sampling_state import row_pitch, state_bytes
 
 PAGE_TOKENS = 64
 MAX_SPLITS = 32
-ROWS_TOKENS = 16  # tokens of a product by mma.sync where wgmma takes more
+ROWS_TOKENS = 8  # tokens of a product by mma.sync where wgmma takes more
 COLUMN_UNIT = 128  # activations are padded to whole steps of every weight codec
 TILE_SLACK_TOKENS = 256  # a tile of tokens may reach beyond the last panel
 RING_STEPS = 4

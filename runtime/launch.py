@@ -95,9 +95,16 @@ class Kernel:
         self._module = module  # a function lives as long as its module
         self.function = check(self.driver.cuModuleGetFunction(module.handle, entry.encode()), self.name, self.driver)
         check(self.driver.cuFuncLoad(self.function), f"{self.name}: load", self.driver)  # else at its first launch
+        self._prefer_shared_memory()
         self.parameters = self._read_parameters()  # (offset, bytes) of each
         self.has_pdl = capability_of(module.build.arch) >= _FIRST_WITH_PDL
         self._shared_bytes = 0  # dynamic shared memory allowed so far; what is static counts too, so each amount is asked for
+
+    def _prefer_shared_memory(self) -> None:
+        """One split of L1 and shared memory for all: kernels that prefer different ones are not on a multiprocessor at once."""
+        attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        percent = int(self.driver.CUshared_carveout.CU_SHAREDMEM_CARVEOUT_MAX_SHARED)
+        check(self.driver.cuFuncSetAttribute(self.function, attribute, percent), f"{self.name}: shared memory", self.driver)
 
     def _read_parameters(self) -> list[tuple[int, int]]:
         """The driver tells the end of the list by CUDA_ERROR_INVALID_VALUE."""

@@ -42,6 +42,7 @@ constexpr int RING_BYTES = WARPS * RING_CHUNKS * CHUNK_BYTES;
 constexpr int SUMS_BYTES = WARPS * TOKEN_TILES * 32 * 16;
 constexpr int SHARED_BYTES = RING_BYTES + SUMS_BYTES + 8 * (WARPS * RING_CHUNKS + 2);
 static_assert(CHUNK_BYTES % 128 == 0, "ring slots stay aligned");
+static_assert(SHARED_BYTES <= 227 << 10, "what a block can have");
 
 struct Range {
     u64 begin, end;  // steps of the whole matrix
@@ -321,9 +322,9 @@ DEVICE void finish(const Work& work, const Exchange& exchange, const Output& out
     }
 }
 
-// On sm_90 and sm_100 a thread of the common builds has 72 registers at most, so that two products and an attention fit a
-// multiprocessor: as if blocks of 448 threads were to fit twice.
-#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+// On sm_90 a thread of the common builds has 72 registers at most, so that two products and an attention fit a multiprocessor:
+// as if blocks of 448 threads were to fit twice.
+#if __CUDA_ARCH__ == 900
 constexpr int BOUND_THREADS = TOKEN_TILES == 1 || (TOKEN_TILES == 2 && !CODEC_MXFP4) ? 448 : THREADS;
 #else
 constexpr int BOUND_THREADS = THREADS;

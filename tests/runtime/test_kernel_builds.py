@@ -16,7 +16,6 @@ BUILDS = [build for arch in ARCHITECTURES for build in builds(arch)]
 # kernel and architecture -> bytes of stack frame or spills that are known and accepted, with the reason
 ACCEPTED_LOCAL_BYTES = {
     ("linear", "sm_90a"): 32,  # capped at 72 registers, so that an attention fits beside two products (BOUND_THREADS)
-    ("linear", "sm_100"): 32,
 }
 
 _PROPERTIES = re.compile(

@@ -101,14 +101,15 @@ def test_early_start_only_where_asked_and_possible() -> None:
     assert [capability_of(arch) for arch in ("sm_80", "sm_90a", "sm_100f", "sm_120")] == [80, 90, 100, 120]
 
 
-def test_shared_memory_is_asked_for_when_more_is_needed() -> None:
+def test_shared_memory_is_preferred_and_asked_for_when_more_is_needed() -> None:
     driver = FakeDriver()
     function = kernel(driver)
     for nbytes in (0, 100_000, 90_000, 200_000):
         function.bind((1, 1, 1), (32, 1, 1), ARGS, nbytes)
     attribute = bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    split = bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
     asked = [call[1:] for call in driver.calls if call[0] == "cuFuncSetAttribute"]
-    assert asked == [(12, attribute, 100_000), (12, attribute, 200_000)]
+    assert asked == [(12, split, 100), (12, attribute, 100_000), (12, attribute, 200_000)]
 
 
 @pytest.mark.parametrize(
