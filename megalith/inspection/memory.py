@@ -14,7 +14,7 @@ from megalith.format.model import ModelConfig
 from megalith.format.reader import PackedFile
 from megalith.output import human_bytes
 from megalith.runtime.arena import ArenaPlan, FileSpan, plan_arena
-from megalith.runtime.cupy_backend import DEFAULT_PREFILL_TOKENS
+from megalith.runtime.cupy_device import DEFAULT_PREFILL_TOKENS
 from megalith.runtime.gpu_buffers import PAGE_TOKENS, Limits, page_bytes
 
 Entries = list[dict[str, Any]]
@@ -26,7 +26,7 @@ DEVICE = {"num_sms": 132, "shared_memory_bytes": 228 << 10, "has_wgmma": True}
 def arena_plan(packed: PackedFile, context: int, batch: int, memory_bytes: int | None) -> ArenaPlan:
     """The runtime's own plan for `DEVICE`: pages for `batch` whole contexts, or all that `memory_bytes` leave room for."""
     limits = Limits(
-        max_sequences=batch, max_seq_len=context, max_prefill_tokens=min(DEFAULT_PREFILL_TOKENS, context), num_pages=0,
+        max_sequences=batch, max_seq_len=context, max_prefill_tokens=min(DEFAULT_PREFILL_TOKENS, batch * context), num_pages=0,
         num_sms=int(DEVICE["num_sms"]), shared_limit=int(DEVICE["shared_memory_bytes"]), has_wgmma=bool(DEVICE["has_wgmma"]),
     )  # fmt: skip
     return plan_arena(packed.index.config, FileSpan.of(packed.header), limits, memory_bytes)
