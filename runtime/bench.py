@@ -16,7 +16,8 @@ import numpy as np
 
 from megalith.format.reader import PackedFile
 
-from .cupy_backend import CupyBackend, longest_context
+from .cupy_backend import CupyBackend
+from .cupy_device import longest_context
 from .cupy_executor import CupyExecutor
 from .kernel_spans import TRACED_DECODE_STEPS
 from .sampler import SamplingParameters

@@ -3,50 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalith.format.errors import RequestError, UnsupportedError
-from megalith.format.index import Index
 from megalith.format.reader import PackedFile
 from megalith.format.rope import F32, table_offset
 
 from .arena import ArenaPlan, FileSpan, plan_arena
 from .copying import CudaCopier
-from .executor import SequenceStep, Ticket
-from .gpu_buffers import PAGE_TOKENS, Limits
-from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma
+from .cupy_device import (
+    DEFAULT_PREFILL_TOKENS,
+    KEPT_BYTES,
+    device_facts,
+    import_cupy,
+    longest_context,
+    longest_prefill,
+    planned_limits,
+)
+from .cupy_sequences import GpuSequence, SequencePlaces, generate
+from .gpu_buffers import Limits
+from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass
 from .gpu_staging import PinnedCopies, Staging
-from .kernel_spans import TRACED_DECODE_STEPS, KernelSpans
+from .kernel_spans import KernelSpans
 from .launch import Launch
 from .loaded_kernels import LoadedKernels, Wanted
 from .loading import LoadOptions, load, terminal_progress
 from .needed_kernels import KernelNeeds, batch_bucket, batch_buckets
 from .sampler import SamplingParameters
-from .trace import Trace, host_span, traced
+from .trace import Trace, host_span
 
 if TYPE_CHECKING:
     from .cupy_executor import CupyExecutor
 
-DEFAULT_PREFILL_TOKENS = 2048
 _KEPT_PREFILLS = 32  # sizes of prefill whose launches are kept
-_KEPT_BYTES = 1 << 30  # of free device memory, for the driver and for others
-
-
-@dataclass
-class GpuSequence:
-    """One sequence's place: a slot, its pages, how many positions it holds."""
-
-    slot: int
-    pages: list[int] = field(default_factory=list)
-    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,85 +66,6 @@ class DecodeBatch:
     def key(self, sampled: bool) -> DecodeKey:
         """What the launches of its step depend on."""
         return len(self.positions), self.workers, sampled
-
-
-@dataclass(frozen=True)
-class DeviceFacts:
-    """What planning and compiling need to know of a GPU."""
-
-    name: str
-    arch: str
-    num_sms: int
-    shared_limit: int
-
-
-def import_cupy() -> Any:
-    """The cupy module; UnsupportedError where it or a device is missing."""
-    try:
-        import cupy
-    except ImportError as error:
-        raise UnsupportedError(f"the cupy backend needs CuPy: pip install 'megalith[cuda13]' ({error})") from None
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise UnsupportedError(f"the cupy backend needs a CUDA device: {error}") from None
-    return cupy
-
-
-def has_device() -> bool:
-    """Whether CuPy is installed and sees a GPU."""
-    try:
-        import_cupy()
-    except UnsupportedError:
-        return False
-    return True
-
-
-def device_facts(cupy: Any) -> DeviceFacts:
-    """Of the current device; UnsupportedError below sm_80."""
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    name, capability = properties["name"].decode(), 10 * properties["major"] + properties["minor"]
-    if capability < 80:
-        raise UnsupportedError(f"{name} is sm_{capability}: the cupy backend needs sm_80 or newer")
-    arch = f"sm_{capability}" + ("a" if capability == 90 else "")
-    return DeviceFacts(name, arch, properties["multiProcessorCount"], properties["sharedMemPerMultiprocessor"])
-
-
-def longest_context(index: Index, wanted: int | None) -> int:
-    """Positions that a sequence can have: the RoPE table's at most. RequestError where more are asked for."""
-    limit = min(index.config.max_seq_len, index.rope_positions)
-    if wanted is not None and wanted > limit:
-        why = "of dynamic RoPE it has the table up to the original length alone, --backend numpy goes further"
-        raise RequestError(
-            f"max_seq_len {wanted}: the cupy backend runs up to {limit} positions of this file"
-            + (f": {why}" if index.rope.type == "dynamic" else "")
-        )
-    return wanted or limit
-
-
-def planned_limits(
-    packed: PackedFile, facts: DeviceFacts, max_seq_len: int, max_sequences: int, max_prefill_tokens: int
-) -> Limits:
-    """What a backend of these sizes is planned for, its number of pages still open."""
-    seq_len = min(max_seq_len, packed.index.rope_positions)
-    uses_wgmma = can_use_wgmma(facts.arch, packed.index.config)
-    prefill_tokens = min(max_prefill_tokens, max_sequences * seq_len)  # chunks of several prompts go into one pass
-    return Limits(max_sequences, seq_len, prefill_tokens, 0, facts.num_sms, facts.shared_limit, uses_wgmma)
-
-
-def kv_room(packed: PackedFile, max_seq_len: int, max_sequences: int, max_prefill_tokens: int) -> int:
-    """Bytes of device memory that weights and buffers leave for a KV cache."""
-    cupy = import_cupy()
-    limits = planned_limits(packed, device_facts(cupy), max_seq_len, max_sequences, max_prefill_tokens)
-    free, _ = cupy.cuda.runtime.memGetInfo()
-    others = plan_arena(packed.index.config, FileSpan.of(packed.header), limits, None, 0).nbytes
-    return max(0, int(free) - _KEPT_BYTES - others)
-
-
-def longest_prefill(limits: Limits) -> list[tuple[int, int, int, int]]:
-    """(slot, first row, tokens, 0) of sequences that fill the largest prefill; one alone may be too short for it."""
-    count, most = limits.max_prefill_tokens, limits.max_seq_len
-    return [(slot, first, min(most, count - first), 0) for slot, first in enumerate(range(0, count, most))]
 
 
 @dataclass(frozen=True)
@@ -180,7 +96,7 @@ class CupyBackend:
         warm: bool = False,
         trace: Trace | None = None,
     ) -> None:
-        self._trace = trace
+        self.trace = trace
         with host_span(trace, "find device"):
             self.cupy = import_cupy()
             self.facts = device_facts(self.cupy)
@@ -209,8 +125,7 @@ class CupyBackend:
         self.kernel_spans: KernelSpans | None = None
         if trace is not None:
             self.kernel_spans = KernelSpans(trace, self.cupy.cuda, self.stream, self.facts.name, packed.index.blobs.names)
-        self._free_slots = list(range(max_sequences))[::-1]
-        self._free_pages = list(range(self.limits.num_pages))[::-1]
+        self._sequence_places = SequencePlaces(self.limits)
         self.warm_up_report = self.warm_up() if warm else None
 
     # ---- memory ----------------------------------------------------------------------------------------------------
@@ -220,17 +135,17 @@ class CupyBackend:
         span = FileSpan.of(packed.header)
         free, _ = self.cupy.cuda.runtime.memGetInfo()
         whole = plan_arena(self.config, span, wanted, None, num_pages)
-        if whole.nbytes + _KEPT_BYTES <= free:
+        if whole.nbytes + KEPT_BYTES <= free:
             return whole
-        return plan_arena(self.config, span, wanted, free - _KEPT_BYTES, num_pages)
+        return plan_arena(self.config, span, wanted, free - KEPT_BYTES, num_pages)
 
     def _load(self, packed: PackedFile, verify: bool) -> None:
         span = FileSpan.of(packed.header)
-        with host_span(self._trace, "allocate arena", bytes=self.plan.nbytes):
+        with host_span(self.trace, "allocate arena", bytes=self.plan.nbytes):
             self._arena = self.cupy.cuda.alloc(self.plan.nbytes)
         base = self._arena.ptr
         self.cupy.cuda.runtime.memsetAsync(base + span.nbytes, 0, self.plan.nbytes - span.nbytes, self.stream.ptr)
-        with terminal_progress(span.nbytes) as progress, host_span(self._trace, "copy file to device", bytes=span.nbytes):
+        with terminal_progress(span.nbytes) as progress, host_span(self.trace, "copy file to device", bytes=span.nbytes):
             self.load_report = load(packed, base, CudaCopier(self.stream.ptr), LoadOptions(verify=verify), progress)
         table = base + span.rope_offset + table_offset(self.config.head_dim)
         self._places = Places(base, table, self.plan.addresses(base))
@@ -352,7 +267,7 @@ class CupyBackend:
             return
         if key not in self._graphs:
             launches = self._decode_launches(key, step)
-            with host_span(self._trace, "capture graph"):
+            with host_span(self.trace, "capture graph"):
                 self.stream.begin_capture()
                 try:
                     self._enqueue(launches)
@@ -362,7 +277,7 @@ class CupyBackend:
 
     def _decode_launches(self, key: DecodeKey, step: DecodePass) -> list[Launch]:
         batch, workers, sampled = key
-        with host_span(self._trace, "plan launches"):
+        with host_span(self.trace, "plan launches"):
             launches = self.program.decode(batch, workers, step)
         return [*launches, self.program.sample(batch, step.positions, step.slots)] if sampled else launches
 
@@ -389,7 +304,7 @@ class CupyBackend:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))
             if not self._has_all_kernels:
                 self._kernels.load(self._needs.prefill([len(ids)], [len(rows)] if rows else []))
-            with host_span(self._trace, "plan launches"):
+            with host_span(self.trace, "plan launches"):
                 self._prefill_launches[step] = self.program.prefill(step)
         return self._prefill_launches[step]
 
@@ -429,28 +344,17 @@ class CupyBackend:
     # ---- one sequence at a time, as the NumPy backend -----------------------------------------------------------------
 
     def new_cache(self) -> GpuSequence:
-        """An empty sequence."""
-        if not self._free_slots:
-            raise RequestError(f"{self.limits.max_sequences} sequences are open: close one first")
-        return GpuSequence(self._free_slots.pop())
+        """An empty sequence; RequestError where all slots are taken."""
+        return self._sequence_places.open()
 
-    def close_cache(self, sequence: GpuSequence) -> None:
+    def close_cache(self, cache: GpuSequence) -> None:
         """Give a sequence's slot and pages back."""
-        self._free_slots.append(sequence.slot)
-        self._free_pages += sequence.pages[::-1]
-        sequence.pages = []
+        self._sequence_places.close(cache)
 
-    def reserve(self, sequence: GpuSequence, length: int) -> None:
+    def reserve(self, cache: GpuSequence, length: int) -> None:
         """Pages for `length` positions; RequestError when there are not so many, or no positions."""
-        if length > self.max_seq_len:
-            raise RequestError(f"a sequence of {length} positions: this backend is made for {self.max_seq_len}")
-        missing = -(-length // PAGE_TOKENS) - len(sequence.pages)
-        if missing <= 0:
-            return
-        if missing > len(self._free_pages):
-            raise RequestError(f"the KV cache has {self.limits.num_pages} pages of {PAGE_TOKENS} positions, all are taken")
-        sequence.pages += [self._free_pages.pop() for _ in range(missing)]
-        self.send_table(sequence.slot, sequence.pages)
+        if self._sequence_places.reserve(cache, length):
+            self.send_table(cache.slot, cache.pages)
 
     def forward(self, ids: NDArray[np.int64], cache: GpuSequence, seq_len: int, last_only: bool) -> F32:
         """Logits float32 [num_tokens or 1, vocab_size] of tokens appended to the sequence in `cache`."""
@@ -472,36 +376,4 @@ class CupyBackend:
 
     def generate(self, tokens: NDArray[np.int64], parameters: SamplingParameters, count: int) -> Generator[int, None, None]:
         """At most `count` tokens after `tokens`, as they come; the device is one step ahead of what was yielded."""
-        executor, sequence, tickets = self.executor, self.new_cache(), deque[Ticket]()
-        submit_steps, collect = traced(self._trace, "submit", executor.submit), traced(self._trace, "collect", executor.collect)
-        if self.kernel_spans is not None:
-            self.kernel_spans.allow(prefills=1, decode_steps=TRACED_DECODE_STEPS)
-
-        def submit(ids: NDArray[np.int64] | None, is_last: bool) -> None:
-            start = sequence.length
-            sequence.length += 1 if ids is None else len(ids)
-            self.reserve(sequence, sequence.length)
-            pages = tuple(sequence.pages)
-            ticket = submit_steps([SequenceStep(sequence.slot, ids, start, pages, is_last, sequence.length)])
-            tickets.append(ticket)
-
-        try:
-            executor.start(sequence.slot, parameters, tokens.tolist())
-            for start in range(0, len(tokens), self.limits.max_prefill_tokens):
-                stop = min(start + self.limits.max_prefill_tokens, len(tokens))
-                submit(tokens[start:stop], stop == len(tokens))
-            found = produced = 0
-            while found < count:
-                while len(tickets) <= executor.steps_ahead and produced + 1 < count:
-                    submit(None, True)
-                    produced += 1
-                for sampled in collect(tickets.popleft()):
-                    if not sampled.finite:
-                        position = len(tokens) + found
-                        raise RequestError(f"logits of position {position} are not finite: the weights or the input overflow")
-                    yield sampled.token
-                    found += 1
-        finally:
-            while tickets:
-                executor.collect(tickets.popleft())
-            self.close_cache(sequence)
+        return generate(self, tokens, parameters, count)

@@ -141,7 +141,7 @@ class Engine:
 
 def _wants_gpu(backend: str) -> bool:
     """ "auto" takes CuPy where CuPy and a device are there."""
-    from .cupy_backend import has_device
+    from .cupy_device import has_device
 
     return backend == "cupy" or (backend == "auto" and has_device())
 

@@ -64,7 +64,7 @@ def _resolved(backend: str) -> str:
     """ "auto" takes CuPy where CuPy and a device are there."""
     if backend != "auto":
         return backend
-    from .cupy_backend import has_device
+    from .cupy_device import has_device
 
     return "cupy" if has_device() else "numpy"
 
@@ -75,7 +75,7 @@ def _memory(packed: PackedFile, backend: str, max_seq_len: int, max_sequences: i
         return _Memory(0, 0, 0)
     if backend == "cupy":
         from .arena import FileSpan
-        from .cupy_backend import kv_room
+        from .cupy_device import kv_room
         from .gpu_buffers import page_bytes as gpu_page_bytes
 
         room = kv_room(packed, max_seq_len, max_sequences, max_batch_tokens)
@@ -111,7 +111,7 @@ def serving_plan(
     if max_batch_tokens <= max_sequences:
         raise RequestError(f"max_batch_tokens {max_batch_tokens}: must be more than the {max_sequences} sequences")
     if backend == "cupy":
-        from .cupy_backend import longest_context
+        from .cupy_device import longest_context
 
         limit = longest_context(index, max_seq_len)
     memory = _memory(packed, backend, max_seq_len or limit, max_sequences, max_batch_tokens)

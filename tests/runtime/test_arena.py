@@ -10,7 +10,7 @@ import pytest
 from megalith.format.errors import RequestError
 from megalith.format.reader import PackedFile
 from megalith.runtime.arena import FileSpan, plan_arena
-from megalith.runtime.cupy_backend import DeviceFacts, longest_prefill, planned_limits
+from megalith.runtime.cupy_device import DeviceFacts, longest_prefill, planned_limits
 from megalith.runtime.gpu_buffers import Limits, device_buffers, page_bytes
 
 LIMITS = Limits(

@@ -10,7 +10,7 @@ from golden_models import GoldenModel
 import megalith
 from megalith.converter.plan import Options
 from megalith.format.errors import RequestError
-from megalith.runtime.cupy_backend import longest_context
+from megalith.runtime.cupy_device import longest_context
 
 
 def test_dynamic_rope_ends_with_its_table(tmp_path: Path) -> None:
