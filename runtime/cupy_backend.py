@@ -80,6 +80,7 @@ class WarmUp:
 class CupyBackend:
     """Executes a program over sequences whose keys and values lie in pages of the arena.
 
+    `batch_invariant`: what a sequence gets is the same to the bit whatever runs beside it, in passes of at most 256 tokens.
     `warm`: what is otherwise made when it is first needed - kernels, graphs, their memory - is made now, for a server.
     """
 
@@ -92,6 +93,7 @@ class CupyBackend:
         max_prefill_tokens: int = DEFAULT_PREFILL_TOKENS,
         num_pages: int | None = None,
         use_graphs: bool = True,
+        batch_invariant: bool = False,
         verify: bool = False,
         warm: bool = False,
         trace: Trace | None = None,
@@ -107,7 +109,7 @@ class CupyBackend:
         self._graphs: dict[DecodeKey, Any] = {}
         self._prefill_launches: dict[PrefillPass, list[Launch]] = {}
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
-        wanted = planned_limits(packed, self.facts, self.max_seq_len, max_sequences, max_prefill_tokens)
+        wanted = planned_limits(packed, self.facts, self.max_seq_len, max_sequences, max_prefill_tokens, batch_invariant)
         with host_span(trace, "plan arena"):
             self.plan = self._plan(packed, wanted, num_pages)
         self.limits = self.plan.limits

@@ -10,6 +10,7 @@ from megalith.format.index import Index
 from megalith.format.reader import PackedFile
 
 from .arena import FileSpan, plan_arena
+from .gemm_plan import SPLIT_TOKENS
 from .gpu_buffers import Limits
 from .gpu_program import can_use_wgmma
 
@@ -72,19 +73,32 @@ def longest_context(index: Index, wanted: int | None) -> int:
 
 
 def planned_limits(
-    packed: PackedFile, facts: DeviceFacts, max_seq_len: int, max_sequences: int, max_prefill_tokens: int
+    packed: PackedFile,
+    facts: DeviceFacts,
+    max_seq_len: int,
+    max_sequences: int,
+    max_prefill_tokens: int,
+    batch_invariant: bool = False,
 ) -> Limits:
-    """What a backend of these sizes is planned for, its number of pages still open."""
+    """What a backend of these sizes is planned for, its number of pages still open.
+
+    `batch_invariant`: RequestError where a pass could have more tokens than one order of sums is for.
+    """
+    if batch_invariant and max(max_sequences, max_prefill_tokens) > SPLIT_TOKENS:
+        what = f"{max_sequences} sequences, {max_prefill_tokens} prompt tokens"
+        raise RequestError(f"passes of {what}: batch invariance holds for at most {SPLIT_TOKENS} of each")
     seq_len = min(max_seq_len, packed.index.rope_positions)
     uses_wgmma = can_use_wgmma(facts.arch, packed.index.config)
     prefill_tokens = min(max_prefill_tokens, max_sequences * seq_len)  # chunks of several prompts go into one pass
-    return Limits(max_sequences, seq_len, prefill_tokens, 0, facts.num_sms, facts.shared_limit, uses_wgmma)
+    return Limits(max_sequences, seq_len, prefill_tokens, 0, facts.num_sms, facts.shared_limit, uses_wgmma, batch_invariant)
 
 
-def kv_room(packed: PackedFile, max_seq_len: int, max_sequences: int, max_prefill_tokens: int) -> int:
+def kv_room(
+    packed: PackedFile, max_seq_len: int, max_sequences: int, max_prefill_tokens: int, batch_invariant: bool = False
+) -> int:
     """Bytes of device memory that weights and buffers leave for a KV cache."""
     cupy = import_cupy()
-    limits = planned_limits(packed, device_facts(cupy), max_seq_len, max_sequences, max_prefill_tokens)
+    limits = planned_limits(packed, device_facts(cupy), max_seq_len, max_sequences, max_prefill_tokens, batch_invariant)
     free, _ = cupy.cuda.runtime.memGetInfo()
     others = plan_arena(packed.index.config, FileSpan.of(packed.header), limits, None, 0).nbytes
     return max(0, int(free) - KEPT_BYTES - others)

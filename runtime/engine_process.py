@@ -65,6 +65,7 @@ def build_executor(settings: EngineSettings) -> Executor:
                 max_prefill_tokens=settings.max_batch_tokens,
                 num_pages=settings.num_pages,
                 use_graphs=settings.use_graphs,
+                batch_invariant=settings.batch_invariant,
                 warm=True,
             ).executor
     from .numpy_backend import NumpyBackend

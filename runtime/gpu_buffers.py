@@ -31,6 +31,7 @@ class Limits:
     num_sms: int
     shared_limit: int
     has_wgmma: bool
+    batch_invariant: bool = False  # products of any number of tokens sum in the same order
 
     @property
     def pages_per_sequence(self) -> int:
@@ -42,8 +43,10 @@ class Limits:
 
     @property
     def rows_tokens(self) -> int:
-        """Tokens that the "rows" activation layout must hold."""
-        return ROWS_TOKENS if self.has_wgmma else self.max_tokens
+        """Tokens that the "rows" activation layout must hold: those of a product by mma.sync."""
+        if not self.has_wgmma:
+            return self.max_tokens
+        return 0 if self.batch_invariant else ROWS_TOKENS
 
 
 @dataclass(frozen=True)

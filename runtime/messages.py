@@ -31,6 +31,7 @@ class EngineSettings(msgspec.Struct, frozen=True):
     pass_timeout: float  # seconds, after which the server ends an engine that says nothing
     step_seconds: float = 0.0  # of the echo engine
     use_graphs: bool = True  # of the CuPy engine
+    batch_invariant: bool = False  # of the CuPy engine
 
 
 class Settings(msgspec.Struct, frozen=True, tag=True):

@@ -16,6 +16,7 @@ from .weights import default_cache_bytes
 DEFAULT_SEQUENCES = 64
 DEFAULT_BATCH_TOKENS = 512
 DEFAULT_GPU_BATCH_TOKENS = 2048
+DEFAULT_INVARIANT_BATCH_TOKENS = 256
 DEFAULT_PASS_SECONDS = 600.0  # NumPy may take minutes for a large model's prompts
 DEFAULT_GPU_PASS_SECONDS = 60.0  # far more than any pass: kernels are made before
 _CACHE_SHARE = 0.5  # of the memory that is left beside the weights
@@ -48,6 +49,7 @@ class ServingPlan:
             "max_batch_tokens": settings.max_batch_tokens,
             "prefill_chunk": settings.prefill_chunk,
             "pass_timeout": settings.pass_timeout,
+            "batch_invariant": settings.batch_invariant,
         }
 
 
@@ -69,7 +71,9 @@ def _resolved(backend: str) -> str:
     return "cupy" if has_device() else "numpy"
 
 
-def _memory(packed: PackedFile, backend: str, max_seq_len: int, max_sequences: int, max_batch_tokens: int) -> _Memory:
+def _memory(
+    packed: PackedFile, backend: str, max_seq_len: int, max_sequences: int, max_batch_tokens: int, batch_invariant: bool
+) -> _Memory:
     index = packed.index
     if backend == "echo":
         return _Memory(0, 0, 0)
@@ -78,7 +82,7 @@ def _memory(packed: PackedFile, backend: str, max_seq_len: int, max_sequences: i
         from .cupy_device import kv_room
         from .gpu_buffers import page_bytes as gpu_page_bytes
 
-        room = kv_room(packed, max_seq_len, max_sequences, max_batch_tokens)
+        room = kv_room(packed, max_seq_len, max_sequences, max_batch_tokens, batch_invariant)
         return _Memory(FileSpan.of(packed.header).nbytes, gpu_page_bytes(index.config), room)
     weights = 4 * sum(blob.rows * blob.columns for blob in map(index.blob, range(len(index.blobs))))
     room = int(_CACHE_SHARE * max(0, 2 * default_cache_bytes() - weights))
@@ -97,6 +101,7 @@ def serving_plan(
     pass_timeout: float | None = None,
     step_seconds: float = 0.0,
     use_graphs: bool = True,
+    batch_invariant: bool = False,
 ) -> ServingPlan:
     """The plan for a file; RequestError where the limits contradict each other or the memory does not suffice."""
     index = packed.index
@@ -105,7 +110,8 @@ def serving_plan(
         raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
     backend = _resolved(backend)
     if max_batch_tokens is None:
-        max_batch_tokens = DEFAULT_GPU_BATCH_TOKENS if backend == "cupy" else DEFAULT_BATCH_TOKENS
+        on_gpu = DEFAULT_INVARIANT_BATCH_TOKENS if batch_invariant else DEFAULT_GPU_BATCH_TOKENS
+        max_batch_tokens = on_gpu if backend == "cupy" else DEFAULT_BATCH_TOKENS
     if pass_timeout is None:
         pass_timeout = DEFAULT_GPU_PASS_SECONDS if backend == "cupy" else DEFAULT_PASS_SECONDS
     if max_batch_tokens <= max_sequences:
@@ -114,7 +120,7 @@ def serving_plan(
         from .cupy_device import longest_context
 
         limit = longest_context(index, max_seq_len)
-    memory = _memory(packed, backend, max_seq_len or limit, max_sequences, max_batch_tokens)
+    memory = _memory(packed, backend, max_seq_len or limit, max_sequences, max_batch_tokens, batch_invariant)
     each, weights = memory.page_bytes, memory.weight_bytes
     full = max_sequences * -(-(max_seq_len or limit) // PAGE_SIZE)
     pages = min(full, _MOST_PAGES)
@@ -136,5 +142,6 @@ def serving_plan(
         pass_timeout,
         step_seconds,
         use_graphs,
+        batch_invariant,
     )
     return ServingPlan(settings, weights, each)

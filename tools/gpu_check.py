@@ -2,9 +2,10 @@
 """Everything that needs a GPU, in one command of at most eight minutes: models, tests, figures, distances from FP32.
 
 Makes checkpoints of random weights in real shapes and converts them while the tests marked `gpu` run; then, for each model, a
-start to the first token, `megalith bench` and the errors of the logits; and what transformers does with the same checkpoints
-where it is installed. Writes one JSON file (docs/benchmarks/) and prints a table. A failing test fails the command, and then
-nothing is written; logits further from FP32 than transformers' BF16 run's fail it too, after writing.
+start to the first token and `megalith bench`; a server with clients (bench_serve_gpu.py); the errors of the logits; and what
+transformers does with the same checkpoints where it is installed. Writes one JSON file (docs/benchmarks/), again after each
+part, and prints a table. A failing test fails the command, and then nothing is written; served tokens that differ and logits
+further from FP32 than transformers' BF16 run's fail it too, after writing.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ MODELS = (
     Model("llama-3.2-1b", "mxfp4", ("--linear", "mxfp4")),
     Model("qwen3-4b", "mxfp4", ("--linear", "mxfp4")),
 )
+SERVED = MODELS[1]
+SERVE_SECONDS = 150
 NUMPY_SHAPE = "llama-3.2-1b"  # small enough for the NumPy backend to be the reference
 
 
@@ -172,6 +175,21 @@ def logit_errors(folder: Path, model: Model, seconds: float) -> list[dict[str, A
     return [{"model": model.shape, "dtype": model.dtype, "reference": reference, **row} for row in rows]
 
 
+def measure_serve(folder: Path, commit: str, seconds: float) -> dict[str, Any] | None:
+    """What bench_serve_gpu.py writes; None where there is no time for it, which is said."""
+    if seconds < SERVE_SECONDS / 2:
+        print(f"no server: {seconds:.0f} s are left", file=sys.stderr)
+        return None
+    out = folder / "serve.json"
+    options = ["--model", SERVED.shape, "--dtype", SERVED.dtype, "--commit", commit, "--rounds", "2", "--out", out]
+    try:
+        python(TOOLS / "bench_serve_gpu.py", folder / SERVED.file, *options, seconds=min(seconds, SERVE_SECONDS))
+    except subprocess.SubprocessError as error:
+        print(f"server: {error}", file=sys.stderr)
+    found: dict[str, Any] | None = json.loads(out.read_text()) if out.exists() else None
+    return found
+
+
 def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
@@ -199,18 +217,48 @@ def further_than_transformers(logits: list[dict[str, Any]]) -> list[dict[str, An
     ]
 
 
-def figures(folder: Path, clock: Clock, peer_seconds: float) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Name of the GPU, rows of results, rows of logits. Our own figures first: what transformers takes may be cut."""
-    rows, logits, gpu = [], list[dict[str, Any]](), ""
+class Report:
+    """The JSON file; written again whenever something was added, so that a run that is cut leaves what it has."""
+
+    def __init__(self, path: Path, commit: str) -> None:
+        words = " ".join(word for word in sys.argv[1:] if not word.startswith("/"))
+        self._path = path
+        self.content: dict[str, Any] = {
+            "commit": commit, "command": f"python tools/gpu_check.py {words}".strip(), "gpu": "", "versions": versions(),
+            "results": [], "logits": [],
+        }  # fmt: skip
+
+    def write(self) -> None:
+        self._path.write_text(json.dumps(self.content, indent=2) + "\n")
+
+
+def add_figures(report: Report, folder: Path, clock: Clock, peer_seconds: float) -> bool:
+    """Our own figures first: what transformers takes may be cut. Whether what was served is right."""
+    content = report.content
     for model in MODELS:
         packed = folder / model.file
-        gpu, found = measure(packed, model)
-        rows += [measure_start(packed, model), *found]
+        content["gpu"], found = measure(packed, model)
+        content["results"] += [measure_start(packed, model), *found]
+        report.write()
+    served = measure_serve(folder, content["commit"], clock.left())
+    if served is not None:
+        content["results"] += served["results"]
+        content["serve"] = served["serve"]
+        report.write()
     for model in MODELS:
-        logits += logit_errors(folder, model, clock.left(peer_seconds))
+        content["logits"] += logit_errors(folder, model, clock.left(peer_seconds))
+        report.write()
     for shape in dict.fromkeys(model.shape for model in MODELS):
-        rows += measure_peer(folder, shape, clock.left(peer_seconds))
-    return gpu, rows, logits
+        content["results"] += measure_peer(folder, shape, clock.left(peer_seconds))
+        report.write()
+    return served is None or served_the_same(served["serve"])
+
+
+def served_the_same(serve: dict[str, Any]) -> bool:
+    """Streams as whole answers, and the seeded request in any company."""
+    return bool(serve["greedy_stream_equals_whole"]) and all(
+        serve["seeded"][name]["same_tokens"] for name in ("again", "among_others")
+    )
 
 
 def main() -> int:
@@ -219,30 +267,31 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--commit", help="of the tree that runs; default: git's")
     parser.add_argument("--folder", type=Path, help="for checkpoints and packed files, kept; default: a temporary one")
-    parser.add_argument("--seconds", type=float, default=480, help="for everything; transformers gets what is left")
+    parser.add_argument("--seconds", type=float, default=480, help="for everything; server and transformers get what is left")
     parser.add_argument("--peer-seconds", type=float, default=60, help="for each call of transformers; 0: leave it out")
     parser.add_argument("--no-tests", action="store_true")
     arguments = parser.parse_args()
     clock = Clock(arguments.seconds)
     commit = arguments.commit or run("git", "-C", TOOLS, "rev-parse", "--short", "HEAD").strip()
+    report = Report(arguments.out, commit)
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as pool:
         folder = arguments.folder or Path(temporary)
         preparing = pool.submit(prepare, folder)
         if not arguments.no_tests and not gpu_tests.report(gpu_tests.run_all()):
             return 1
         preparing.result()
-        gpu, rows, logits = figures(folder, clock, arguments.peer_seconds)
-    command = "python tools/gpu_check.py " + " ".join(word for word in sys.argv[1:] if not word.startswith("/"))
-    report = {"commit": commit, "command": command, "gpu": gpu, "versions": versions(), "results": rows, "logits": logits}
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+        is_served = add_figures(report, folder, clock, arguments.peer_seconds)
+    results, logits = report.content["results"], report.content["logits"]
     numbers = ("ms", "tokens_per_s", "gbytes_per_s", "percent_nominal")
-    print(table(rows, ("system", "model", "dtype", "work", "batch", "context", *numbers)))
+    print(table(results, ("system", "model", "dtype", "work", "batch", "context", *numbers)))
     print(table(logits, ("model", "dtype", "reference", "work", "batch", "context", "error", "transformers_bf16_error")))
     print(f"{clock.left():.0f} s left", file=sys.stderr)
     wrong = further_than_transformers(logits)
     for row in wrong:
         print(f"further from FP32 than transformers: {row}", file=sys.stderr)
-    return 1 if wrong else 0
+    if not is_served:
+        print("what was served differs", file=sys.stderr)
+    return 1 if wrong or not is_served else 0
 
 
 if __name__ == "__main__":

@@ -88,6 +88,11 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 @click.option("--log-level", type=click.Choice(["debug", "info", "error", "none"]), default="info", show_default=True)
 @click.option("--echo-step-ms", type=click.FloatRange(0), default=0.0, help="With --backend echo: time of a forward pass.")
 @click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel of a decode step by itself; NumPy has no graphs.")
+@click.option(
+    "--batch-invariant", is_flag=True,
+    help="On a GPU: what a request gets is the same to the bit alone and in any batch, unless it is interrupted for lack of "
+    "memory. Takes one kernel for every batch, and prompts at most 256 tokens a pass, so it is slower.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print memory plan and limits, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 def serve(file: Path, config: Path | None, **options: Any) -> None:
@@ -115,6 +120,7 @@ def serve(file: Path, config: Path | None, **options: Any) -> None:
         pass_timeout=options["pass_timeout"],
         step_seconds=options["echo_step_ms"] / 1e3,
         use_graphs=not options["no_cuda_graph"],
+        batch_invariant=options["batch_invariant"],
     )
     if options["dry_run"]:
         packed.close()
