@@ -283,14 +283,19 @@ class CupyBackend:
             launches = self.program.decode(batch, workers, step)
         return [*launches, self.program.sample(batch, step.positions, step.slots)] if sampled else launches
 
-    def prefill(self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int]) -> None:
-        """Logits of at most `max_sequences` chosen rows. `sequences`: (slot, first row, tokens, positions before) of each."""
+    def prefill(
+        self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int], num_decoded: int = 0
+    ) -> None:
+        """Logits of at most `max_sequences` chosen rows. `sequences`: (slot, first row, tokens, positions before) of each.
+
+        The last `num_decoded` sequences have one token each, which is not in `ids` but what their slot was given last.
+        """
         if self.kernel_spans is not None:
-            self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids))
-        self._enqueue(self.prefill_launches(ids, sequences, rows))
+            self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids) + num_decoded)
+        self._enqueue(self.prefill_launches(ids, sequences, rows, num_decoded))
 
     def prefill_launches(
-        self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int]
+        self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int], num_decoded: int = 0
     ) -> list[Launch]:
         """Of a prefill, for one who enqueues them; what they read from the host is sent."""
         table = np.array(sequences, np.int32)
@@ -300,12 +305,13 @@ class CupyBackend:
         at = self._staging.send(
             [ids.astype(np.int32), positions.astype(np.int32), slots, table, items, np.array(rows, np.int32)], self.stream
         )
-        step = PrefillPass(len(ids), len(items), len(rows), *at)
+        count = len(ids) + num_decoded
+        step = PrefillPass(count, len(items), len(rows), *at, num_decoded=num_decoded)
         if step not in self._prefill_launches:
             if len(self._prefill_launches) == _KEPT_PREFILLS:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))
             if not self._has_all_kernels:
-                self._kernels.load(self._needs.prefill([len(ids)], [len(rows)] if rows else []))
+                self._kernels.load(self._needs.prefill([count], [len(rows)] if rows else []))
             with host_span(self.trace, "plan launches"):
                 self._prefill_launches[step] = self.program.prefill(step)
         return self._prefill_launches[step]

@@ -18,6 +18,7 @@ from .gpu_staging import PinnedCopies
 from .sampler import SamplingParameters, log_probabilities
 from .sampling_state import BIAS, MAX_BIASED_TOKENS, RESULT, SLOT
 
+MIXED_CONTEXT = 4096  # positions of a sequence that decodes in a pass that reads prompts
 _PENDING = 8  # sampled passes whose results may wait to be collected
 
 
@@ -83,13 +84,19 @@ class CupyExecutor:
         self._parameters[slot], self._tables[slot] = parameters, ()
 
     def submit(self, steps: Sequence[SequenceStep]) -> Ticket:
-        """Prefill chunks go first, as one pass where they fit, then all decode steps as one."""
+        """Prefill chunks go first, as one pass where they fit, then all decode steps as one; or with the last chunks, in a pass
+        that reads the weights once for both.
+        """
         submitted = _Submitted(order=[step for step in steps if step.sample or step.targets is not None])
         for step in steps:
             self._send_table(step)
-        for group in self._prefill_groups([step for step in steps if step.token_ids is not None]):
-            self._prefill(group, submitted)
+        groups = self._prefill_groups([step for step in steps if step.token_ids is not None])
         decode = [step for step in steps if step.token_ids is None]
+        if groups and decode and self._go_together(groups[-1], decode):
+            groups[-1] += decode
+            decode = []
+        for group in groups:
+            self._prefill(group, submitted)
         if decode:
             self._decode(decode, submitted)
         self._last_ticket += 1
@@ -131,14 +138,23 @@ class CupyExecutor:
             room -= step.num_tokens
         return groups
 
+    def _go_together(self, prompts: Sequence[SequenceStep], decode: Sequence[SequenceStep]) -> bool:
+        """Where the attention of a prefill is fast for single tokens too: it does not divide a long context among blocks."""
+        limits = self._backend.limits
+        count = sum(step.num_tokens for step in prompts) + len(decode)
+        longest = max(step.start for step in decode)
+        fits = count <= limits.max_prefill_tokens and longest < MIXED_CONTEXT
+        return fits and limits.has_wgmma and not limits.batch_invariant
+
     def _prefill(self, steps: list[SequenceStep], submitted: _Submitted) -> None:
+        """Steps without token ids are the last ones."""
         ids = [step.token_ids for step in steps if step.token_ids is not None]
         sampled = [step for step in steps if step.sample]
         ends = np.cumsum([step.num_tokens for step in steps])
         rows = [int(end) - 1 for step, end in zip(steps, ends, strict=True) if step.sample]
         firsts = [int(end) - step.num_tokens for step, end in zip(steps, ends, strict=True)]
         sequences = [(step.slot, first, step.num_tokens, step.start) for step, first in zip(steps, firsts, strict=True)]
-        self._backend.prefill(np.concatenate(ids), sequences, rows)
+        self._backend.prefill(np.concatenate(ids), sequences, rows, len(steps) - len(ids))
         if sampled:
             self._sample(sampled, submitted)
         for step, (_, first, count, _) in zip(steps, sequences, strict=True):

@@ -72,6 +72,7 @@ class PrefillPass:
     sequences: int
     items: int
     rows: int
+    num_decoded: int = 0  # the last tokens: each is what its slot was given last, not one of `ids`
 
 
 def element_of(index: Index) -> str:
@@ -131,7 +132,11 @@ class GpuProgram:
     def prefill(self, step: PrefillPass) -> list[Launch]:
         """Tokens of some sequences, to the logits of `num_rows` of them."""
         tiled, count = self._limits.has_wgmma, step.num_tokens
-        launches = [self._embed(self._program[0], count, step.ids, 0)]
+        read = count - step.num_decoded
+        launches = [self._embed(self._program[0], read, step.ids, 0)]
+        if step.num_decoded:
+            slots = step.slots + 4 * read
+            launches.append(self._embed(self._program[0], step.num_decoded, self._places["last_token"], slots, read))
         qkv = Operation(Kind.QKV)
         for op in self._program[1:-2]:
             if op.kind is Kind.NORM:
@@ -191,9 +196,10 @@ class GpuProgram:
         assert op.kind is Kind.HEAD
         return self._product(op, count, 0, "h", "logits", self.logits_pitch, tiled, config.vocab_size)
 
-    def _embed(self, op: Operation, count: int, ids: int, slots: int) -> Launch:
+    def _embed(self, op: Operation, count: int, ids: int, slots: int, first_row: int = 0) -> Launch:
         config = self.config
-        args = (self._blob(op.weight), i32(config.vocab_size), i32(config.hidden_size), ids, slots, self._places["x"])
+        x = self._places["x"] + 4 * first_row * config.hidden_size
+        args = (self._blob(op.weight), i32(config.vocab_size), i32(config.hidden_size), ids, slots, x)
         # the first launch of a pass waits for all that came before it: later ones may then read early
         return self._launch("embedding", "embedding", {}, (count, 1, 1), (256, 1, 1), args, early_start=False, operation=op)
 

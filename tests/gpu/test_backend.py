@@ -121,6 +121,39 @@ def test_many_sequences_get_what_each_gets_alone(gpu: Any, golden: GoldenModel, 
         assert [sampled.top for sampled in single] == [sampled.top for sampled in batch[i]]
 
 
+@pytest.mark.parametrize("golden", ["llama2", "qwen3"], indirect=True)
+def test_decoding_beside_prompts_in_one_pass(gpu: Any, golden: GoldenModel, tmp_path: Path) -> None:
+    """What sequences get where their steps share passes with the chunks of other prompts, and where they do not."""
+    rng = np.random.default_rng(2)
+    vocab_size = golden.config["vocab_size"]
+    assert isinstance(vocab_size, int)
+    prompts = [rng.integers(0, vocab_size, count) for count in (5, 100, 64)]
+    late = rng.integers(0, vocab_size, 150)
+    found = []
+    with megalith.open(golden.pack(tmp_path, Options(max_seq_len=512))) as packed:
+        for together in (False, True):
+            executor = CupyExecutor(CupyBackend(packed, max_sequences=4, max_seq_len=512, max_prefill_tokens=512))
+            tables = [tuple(range(8 * slot, 8 * slot + 8)) for slot in range(4)]
+            for slot, prompt in enumerate([*prompts, late]):
+                executor.start(slot, SamplingParameters(top_logprobs=2), prompt.tolist())
+            steps = [SequenceStep(slot, ids, 0, tables[slot], True, len(ids)) for slot, ids in enumerate(prompts)]
+            results = executor.collect(executor.submit(steps))
+            for turn, (start, stop) in enumerate(((0, 70), (70, 150))):
+                places = [len(prompt) + turn for prompt in prompts]
+                decode = [SequenceStep(slot, None, at, tables[slot], True, at + 1) for slot, at in enumerate(places)]
+                chunk = SequenceStep(3, late[start:stop], start, tables[3], stop == len(late), stop)
+                passes = [[chunk, *decode]] if together else [[chunk], decode]
+                assert executor._go_together([chunk], decode) is (gpu.arch == "sm_90a")
+                results += [sampled for steps in passes for sampled in executor.collect(executor.submit(steps))]
+            found.append({(sampled.slot, i): sampled for i, sampled in enumerate(sorted(results, key=lambda one: one.slot))})
+    apart, mixed = found
+    assert apart.keys() == mixed.keys()
+    for key, one in sorted(apart.items()):
+        assert mixed[key].top[0][1] == pytest.approx(one.top[0][1], abs=0.05)
+        is_clear = one.top[0][1] - one.top[1][1] > 0.1
+        assert mixed[key].token == one.token or not is_clear
+
+
 def run_all(
     executor: CupyExecutor, prompts: list[np.ndarray], parameters: list[SamplingParameters], count: int
 ) -> list[list[Sampled]]:

@@ -48,7 +48,10 @@ def test_launches_of_both_passes_know_their_operation(golden: GoldenModel, tmp_p
         wanted = [op for op in build_program(packed.index) if op.kind is not Kind.NORM]
     decode = program.decode(1, 1, DecodePass(0, 0))
     prefill = program.prefill(PrefillPass(64, 1, 1, *[0] * 6))
-    for launches in (decode, prefill):
+    mixed = program.prefill(PrefillPass(64, 1, 1, *[0] * 6, num_decoded=3))
+    assert [launch.grid[0] for launch in mixed[:2]] == [61, 3]
+    assert len(mixed) == len(prefill) + 1
+    for launches in (decode, prefill, mixed):
         found = [launch.operation for launch in launches if launch.operation and launch.operation.kind is not Kind.NORM]
         in_order = [op for i, op in enumerate(found) if i == 0 or op != found[i - 1]]  # qkv_proj and what follows it
         assert in_order == wanted
