@@ -306,7 +306,7 @@ class CupyBackend:
             [ids.astype(np.int32), positions.astype(np.int32), slots, table, items, np.array(rows, np.int32)], self.stream
         )
         count = len(ids) + num_decoded
-        step = PrefillPass(count, len(items), len(rows), *at, num_decoded=num_decoded)
+        step = PrefillPass(count, len(items), len(rows), num_decoded, *at)
         if step not in self._prefill_launches:
             if len(self._prefill_launches) == _KEPT_PREFILLS:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))

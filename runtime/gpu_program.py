@@ -66,13 +66,13 @@ class PrefillPass:
     num_tokens: int
     num_items: int
     num_rows: int  # rows whose logits are wanted
+    num_decoded: int  # the last tokens: each is what its slot was given last, not one of `ids`
     ids: int
     positions: int
     slots: int
     sequences: int
     items: int
     rows: int
-    num_decoded: int = 0  # the last tokens: each is what its slot was given last, not one of `ids`
 
 
 def element_of(index: Index) -> str:

@@ -56,7 +56,7 @@ class KernelNeeds:
         """Of prefills of so many tokens, with logits of so many rows; one may come with any of the other."""
         self._noted.clear()
         for count in counts:
-            self._program.prefill(PrefillPass(count, 1, 0, *[0] * 6))
+            self._program.prefill(PrefillPass(count, 1, 0, *[0] * 7))
         for rows in row_counts:
             self._program.head(rows, 0)
         return list(self._noted)

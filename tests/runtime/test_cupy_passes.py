@@ -47,8 +47,8 @@ def test_launches_of_both_passes_know_their_operation(golden: GoldenModel, tmp_p
         names = packed.index.blobs.names
         wanted = [op for op in build_program(packed.index) if op.kind is not Kind.NORM]
     decode = program.decode(1, 1, DecodePass(0, 0))
-    prefill = program.prefill(PrefillPass(64, 1, 1, *[0] * 6))
-    mixed = program.prefill(PrefillPass(64, 1, 1, *[0] * 6, num_decoded=3))
+    prefill = program.prefill(PrefillPass(64, 1, 1, *[0] * 7))
+    mixed = program.prefill(PrefillPass(64, 1, 1, 3, *[0] * 6))
     assert [launch.grid[0] for launch in mixed[:2]] == [61, 3]
     assert len(mixed) == len(prefill) + 1
     for launches in (decode, prefill, mixed):
