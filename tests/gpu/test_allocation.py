@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,24 @@ def test_serving_allocates_nothing(backend: CupyBackend) -> None:
     backend.stream.synchronize()
     left, _ = backend.cupy.cuda.runtime.memGetInfo()
     assert left == free
+
+
+def test_a_prefill_may_be_longer_than_a_context(gpu: Any, tmp_path: Path) -> None:
+    """Of several prompts: it is made at the start, and allocates nothing."""
+    with megalith.open(GoldenModel("qwen3").pack(tmp_path, Options(max_seq_len=128))) as packed:
+        made = CupyBackend(packed, max_sequences=5, max_seq_len=128, max_prefill_tokens=500, warm=True)
+    executor, vocab_size = made.executor, made.config.vocab_size
+    assert executor.num_pages == 10
+    with no_allocation(made.cupy):
+        for count in (100, 77):
+            prompts = [np.random.default_rng(slot).integers(0, vocab_size, count) for slot in range(5)]
+            steps = []
+            for slot, prompt in enumerate(prompts):
+                executor.start(slot, parameters_of(slot), prompt.tolist())
+                steps.append(SequenceStep(slot, prompt, 0, (2 * slot, 2 * slot + 1), True, count))
+            found = executor.collect(executor.submit(steps))
+            assert [sampled.slot for sampled in found] == list(range(5))
+            assert all(sampled.finite and 0 <= sampled.token < vocab_size for sampled in found)
 
 
 def serve(executor: CupyExecutor, vocab_size: int, batch: int) -> list[list[Sampled]]:

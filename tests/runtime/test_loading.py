@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -228,14 +229,30 @@ def test_residence_of_a_file_just_written(tmp_path: Path) -> None:
     span = FileSpan(0, 1 << 20, 1 << 20, 0)
     try:
         assert not loading._is_cold(descriptor, span)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
-        except BlockingIOError:
-            assert loading._is_cold(descriptor, span)
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize(("first_missing", "is_cold"), [(0, True), (1 << 19, True), (1 << 20, False)])
+def test_a_file_is_cold_where_pages_are_missing(monkeypatch: pytest.MonkeyPatch, first_missing: int, is_cold: bool) -> None:
+    """Of a page cache that answers as it should: a real one reads ahead while it is asked."""
+
+    def preadv(descriptor: int, buffers: list[bytearray], offset: int, flags: int) -> int:
+        assert flags == os.RWF_NOWAIT
+        if offset >= 4096 + first_missing:
+            raise BlockingIOError
+        return 1
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert loading._is_cold(-1, FileSpan(4096, 1 << 20, 1 << 20, 0)) == is_cold
+
+
+def test_a_file_system_that_does_not_tell_is_not_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def preadv(*arguments: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert not loading._is_cold(-1, FileSpan(0, 1 << 20, 1 << 20, 0))
 
 
 def test_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
