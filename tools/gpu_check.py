@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -49,8 +50,12 @@ class Model:
     prefill: tuple[str, ...] = FEW_PREFILL
 
     @property
+    def name(self) -> str:
+        return f"{self.shape}-{self.dtype}"
+
+    @property
     def file(self) -> str:
-        return f"{self.shape}-{self.dtype}.lith"
+        return f"{self.name}.lith"
 
     @property
     def is_kept(self) -> bool:
@@ -92,13 +97,20 @@ def python(*arguments: object, seconds: float | None = None) -> str:
     return run(sys.executable, *arguments, seconds=seconds)
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, models: Sequence[Model]) -> None:
     """Checkpoints and packed files that are not there yet."""
-    for model in MODELS:
-        if not (folder / model.shape).exists():
-            python(TOOLS / "random_checkpoint.py", model.shape, folder / model.shape)
+
+    def write(shape: str) -> None:
+        if not (folder / shape).exists():
+            python(TOOLS / "random_checkpoint.py", shape, folder / shape)
+
+    def convert(model: Model) -> None:
         if not (folder / model.file).exists():
             python("-m", "megalith", "convert", folder / model.shape, folder / model.file, *model.options, "--no-progress")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, dict.fromkeys(model.shape for model in models)))
+        list(pool.map(convert, models))
 
 
 def measure(packed: Path, model: Model) -> tuple[str, list[dict[str, Any]]]:
@@ -232,23 +244,23 @@ class Report:
         self._path.write_text(json.dumps(self.content, indent=2) + "\n")
 
 
-def add_figures(report: Report, folder: Path, clock: Clock, peer_seconds: float) -> bool:
+def add_figures(report: Report, folder: Path, models: Sequence[Model], clock: Clock, peer_seconds: float) -> bool:
     """Our own figures first: what transformers takes may be cut. Whether what was served is right."""
     content = report.content
-    for model in MODELS:
+    for model in models:
         packed = folder / model.file
         content["gpu"], found = measure(packed, model)
         content["results"] += [measure_start(packed, model), *found]
         report.write()
-    served = measure_serve(folder, content["commit"], clock.left())
+    served = measure_serve(folder, content["commit"], clock.left()) if SERVED in models else None
     if served is not None:
         content["results"] += served["results"]
         content["serve"] = served["serve"]
         report.write()
-    for model in MODELS:
+    for model in models:
         content["logits"] += logit_errors(folder, model, clock.left(peer_seconds))
         report.write()
-    for shape in dict.fromkeys(model.shape for model in MODELS):
+    for shape in dict.fromkeys(model.shape for model in models):
         content["results"] += measure_peer(folder, shape, clock.left(peer_seconds))
         report.write()
     return served is None or served_the_same(served["serve"])
@@ -263,24 +275,27 @@ def served_the_same(serve: dict[str, Any]) -> bool:
 
 def main() -> int:
     """The command."""
+    names = [model.name for model in MODELS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--commit", help="of the tree that runs; default: git's")
     parser.add_argument("--folder", type=Path, help="for checkpoints and packed files, kept; default: a temporary one")
     parser.add_argument("--seconds", type=float, default=480, help="for everything; server and transformers get what is left")
     parser.add_argument("--peer-seconds", type=float, default=60, help="for each call of transformers; 0: leave it out")
+    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--no-tests", action="store_true")
     arguments = parser.parse_args()
+    models = [model for model in MODELS if model.name in arguments.models]
     clock = Clock(arguments.seconds)
     commit = arguments.commit or run("git", "-C", TOOLS, "rev-parse", "--short", "HEAD").strip()
     report = Report(arguments.out, commit)
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as pool:
         folder = arguments.folder or Path(temporary)
-        preparing = pool.submit(prepare, folder)
+        preparing = pool.submit(prepare, folder, models)
         if not arguments.no_tests and not gpu_tests.report(gpu_tests.run_all()):
             return 1
         preparing.result()
-        is_served = add_figures(report, folder, clock, arguments.peer_seconds)
+        is_served = add_figures(report, folder, models, clock, arguments.peer_seconds)
     results, logits = report.content["results"], report.content["logits"]
     numbers = ("ms", "tokens_per_s", "gbytes_per_s", "percent_nominal")
     print(table(results, ("system", "model", "dtype", "work", "batch", "context", *numbers)))
