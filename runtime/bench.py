@@ -88,14 +88,15 @@ class Bench:
 
     def results(self) -> Iterator[Result]:
         """Start and load, then the plan's, in its order."""
-        report = self._backend.load_report
+        report, plan = self._backend.load_report, self._plan
         yield Result("start", None, None, None, self._start_seconds * 1e3, None, None, None)
         yield Result("load", None, None, None, report.seconds * 1e3, None, report.nbytes / report.seconds / 1e9, None)
-        for tokens in self._plan.prefill:
+        self._backend.load_kernels([batch for batch, _ in plan.decode], [*plan.prefill, *(held for _, held in plan.decode)])
+        for tokens in plan.prefill:
             with host_span(self._trace, f"prefill {tokens}"):
                 result = self._prefill(tokens)
             yield result
-        for batch, context in self._plan.decode:
+        for batch, context in plan.decode:
             with host_span(self._trace, f"decode {batch}:{context}"):
                 result = self._decode(batch, context)
             yield result

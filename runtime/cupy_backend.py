@@ -186,6 +186,15 @@ class CupyBackend:
 
     # ---- made ahead ------------------------------------------------------------------------------------------------
 
+    def load_kernels(self, batches: Sequence[int], token_counts: Sequence[int]) -> None:
+        """Those of decode steps of so many sequences and of prefills of so many tokens to the logits of one row, all at once:
+        what is not cached compiles in parallel.
+        """
+        if self._has_all_kernels:
+            return
+        buckets = [batch_bucket(batch, self.limits.max_sequences) for batch in batches]
+        self._kernels.load([*self._needs.decode(buckets), *self._needs.prefill(token_counts, [1])])
+
     @cached_property
     def executor(self) -> CupyExecutor:
         """The one that runs steps over this backend."""
@@ -279,6 +288,8 @@ class CupyBackend:
 
     def _decode_launches(self, key: DecodeKey, step: DecodePass) -> list[Launch]:
         batch, workers, sampled = key
+        if not self._has_all_kernels:
+            self._kernels.load(self._needs.decode([batch]))
         with host_span(self.trace, "plan launches"):
             launches = self.program.decode(batch, workers, step)
         return [*launches, self.program.sample(batch, step.positions, step.slots)] if sampled else launches

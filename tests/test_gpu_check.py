@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import gpu_check
 import gpu_tests
 import pytest
+from serving import until
 
 
 def test_every_file_of_tests_is_run_once() -> None:
@@ -51,6 +53,17 @@ def test_a_start_is_timed_to_the_first_token(
     row = gpu_check.measure_start(tmp_path / "x.lith", gpu_check.MODELS[0])
     assert row["ms"] >= 50
     assert row["work"] == "start"
+
+
+def test_a_command_that_takes_too_long_leaves_no_process(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_check.run("sh", "-c", f"sleep 60 & echo $! > {noted}; wait", seconds=1)
+    pid = int(noted.read_text())
+    until(lambda: not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text())
+    with pytest.raises(subprocess.CalledProcessError):
+        gpu_check.run("sh", "-c", "exit 3")
+    assert gpu_check.run("echo", 17) == "17\n"
 
 
 def test_logits_further_than_transformers_are_found() -> None:

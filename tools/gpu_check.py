@@ -11,7 +11,10 @@ further from FP32 than transformers' BF16 run's fail it too, after writing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -87,10 +90,19 @@ class Clock:
 
 
 def run(*command: object, seconds: float | None = None) -> str:
-    """Standard output of a command that succeeds."""
+    """Standard output of a command that succeeds; nothing that it started outlives a timeout."""
     words = [str(word) for word in command]
     print("+", *words, file=sys.stderr, flush=True)
-    return subprocess.run(words, check=True, text=True, stdout=subprocess.PIPE, timeout=seconds).stdout
+    with subprocess.Popen(words, text=True, stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with a server that it may have started, which holds memory of the GPU
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, words)
+    return output
 
 
 def python(*arguments: object, seconds: float | None = None) -> str:

@@ -14,9 +14,11 @@ import megalith
 from megalith.converter.plan import Options
 from megalith.format.index import Index
 from megalith.runtime.compile import Build
+from megalith.runtime.cupy_backend import CupyBackend
 from megalith.runtime.gpu_buffers import Limits, device_buffers
 from megalith.runtime.gpu_program import DecodePass, GpuProgram, Places, PrefillPass, can_use_wgmma
 from megalith.runtime.launch import Launch
+from megalith.runtime.loaded_kernels import LoadedKernels
 from megalith.runtime.needed_kernels import KernelNeeds, batch_bucket, batch_buckets, token_classes
 
 NUM_SMS = 132
@@ -78,3 +80,22 @@ def test_buckets_and_classes() -> None:
     assert [batch_bucket(count, 11) for count in (1, 3, 8, 9, 11)] == [1, 4, 8, 11, 11]
     assert token_classes(40) == [1, 16, 32, 40]
     assert token_classes(7) == [1, 7]
+
+
+def test_a_bench_gets_its_kernels_at_once(tmp_path: Path) -> None:
+    with megalith.open(GoldenModel("qwen3").pack(tmp_path)) as packed:
+        index = packed.index
+    limits = Limits(20, 4096, 1500, 64, NUM_SMS, 228 << 10, has_wgmma=True)
+    loads: list[set[tuple[Build, str]]] = []
+    backend = CupyBackend.__new__(CupyBackend)  # there is no GPU: what this needs of one
+    backend.limits, backend._needs, backend._has_all_kernels = limits, KernelNeeds(index, limits, "sm_90a"), False
+    backend._kernels = cast(LoadedKernels, SimpleNamespace(load=lambda wanted: loads.append(set(wanted))))
+    backend.load_kernels([1, 13, 20], [512, 1500])
+    asked = Asked(index, limits, "sm_90a")
+    for batch in (1, 16, 20):
+        asked.program.decode(batch, 1, DecodePass(0, 0))
+    for count in (512, 1500):
+        asked.program.prefill(PrefillPass(count, 1, 0, *[0] * 6))
+    asked.program.head(1, 0)
+    [loaded] = loads
+    assert asked.kernels <= loaded

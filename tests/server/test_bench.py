@@ -109,6 +109,15 @@ def test_a_stream_that_lacks_something_is_no_figure(data: bytes) -> None:
         read()
 
 
+def test_one_stream_of_many_may_settle_no_text() -> None:
+    whole, silent = Stream(0.0), Stream(0.0)
+    whole.feed(answer(*[choice("a")] * 39, choice("b", "length"), usage(40)))
+    silent.feed(answer(choice("b", "length"), usage(40)))
+    assert [len(times) for times in bench_serve_gpu.checked_times([silent] + [whole] * 19, 40)] == [1] + [40] * 19
+    with pytest.raises(StreamError, match="722 events of 800 tokens"):
+        bench_serve_gpu.checked_times([silent] + [whole] * 18 + [silent], 40)
+
+
 def test_random_checkpoints_have_a_text_for_every_id() -> None:
     tokenizer = word_tokenizer(1200)
     texts = [tokenizer.decode([token]) for token in range(1200)]
