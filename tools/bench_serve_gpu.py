@@ -86,13 +86,13 @@ def percentiles(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def single_stream(port: int, prompts: Prompts, num_prompt: int, num_tokens: int) -> dict[str, Any]:
-    """Tokens a second between the first token and the last; a first stream warms up."""
+    """Tokens a second between the first token and the last, None where all came in one read; a first stream warms up."""
     for _ in range(2):
         _, [[stream]] = read_streams(port, [[plain_request(prompts.ids(num_prompt), num_tokens)]])
         [times] = checked_times([stream], num_tokens)
     seconds = float(times[-1] - times[0])
     latency = percentiles(np.diff(times))
-    rate = round((num_tokens - 1) / seconds, 1)
+    rate = round((num_tokens - 1) / seconds, 1) if seconds else None
     return {"decode_tokens_per_s": rate, "ttft_ms": round((times[0] - stream.sent) * 1e3, 3), "itl": latency}
 
 
@@ -205,7 +205,8 @@ def measure(arguments: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
             "single": single_stream(server.port, prompts, arguments.prompt, arguments.single_output),
         }
         found["single"] |= {"bench_tokens_per_s": expected}
-        found["single"] |= {"ratio": round(found["single"]["decode_tokens_per_s"] / expected, 4) if expected else None}
+        rate = found["single"]["decode_tokens_per_s"]
+        found["single"] |= {"ratio": round(rate / expected, 4) if rate and expected else None}
         found["many"] = [many_streams(server.port, prompts, count, arguments) for count in arguments.clients]
         found["seeded_by_default"] = seeded(server.port, prompts, arguments)
     with ServerProcess(arguments.file, *options, *INVARIANT.get(arguments.backend, []), seconds=START_SECONDS) as server:
