@@ -93,12 +93,14 @@ def _layer(one: Difference) -> str:
 def check(path: str | os.PathLike[str], prompt_ids: Sequence[int] | None = None) -> Report:
     """Compare on the start of a prompt, by default of 64 random ids. UnsupportedError without a GPU."""
     from megalith.runtime.cupy_backend import CupyBackend
+    from megalith.runtime.cupy_device import longest_context
     from megalith.runtime.cupy_passes import CupyPasses
 
     with PackedFile(path) as packed:
         config, names = packed.index.config, packed.index.blobs.names
+        limit = longest_context(packed.index, None)  # of both
         whole = random_prompt(config) if prompt_ids is None else prompt_ids
-        ids = checked_ids(bounded_prompt(whole, config), config.vocab_size, config.max_seq_len)
+        ids = checked_ids(bounded_prompt(whole, limit), config.vocab_size, limit)
         gpu = CupyBackend(packed, max_seq_len=len(ids) + DECODE_STEPS, max_prefill_tokens=len(ids))
         reference = NumpyBackend(packed)
     steps = compare(NumpyPasses(reference), CupyPasses(gpu), ids, DECODE_STEPS, names)

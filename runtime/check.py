@@ -122,6 +122,6 @@ def random_prompt(config: ModelConfig) -> list[int]:
     return ids
 
 
-def bounded_prompt(ids: Sequence[int], config: ModelConfig, decode_steps: int = DECODE_STEPS) -> Sequence[int]:
+def bounded_prompt(ids: Sequence[int], max_seq_len: int, decode_steps: int = DECODE_STEPS) -> Sequence[int]:
     """The start of a prompt that is checked: what one prefill takes, with room for the decode steps."""
-    return ids[: max(1, min(MAX_PROMPT_TOKENS, config.max_seq_len - decode_steps))]
+    return ids[: max(1, min(MAX_PROMPT_TOKENS, max_seq_len - decode_steps))]

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """What a client of `megalith serve` gets from a model: one stream, many streams, and the same tokens in all of them.
 
-Starts the server on a packed file and reads streams in this process, prompts as random token ids. Checks first: a greedy
-stream equals the answer that is not streamed; on a server of its own, on a GPU with --batch-invariant, a seeded request gives
-the same tokens alone, again, and among others of different lengths (written down: whether its log probabilities are the same
-to the last bit, and what a server without that option gives). Then one stream against `megalith bench` of the same context,
-measured before the server starts; then closed loops of many clients, each of which asks again as soon as it is answered. Rates
-count output tokens and all time, prefill included. Inter-token latency is between events, those read together 0 apart.
+Starts the server on a packed file and reads streams in this process, prompts as random token ids: one stream against
+`megalith bench` of the same context, measured before the server starts; then closed loops of many clients, each of which asks
+again as soon as it is answered. Rates count output tokens and all time, prefill included. Inter-token latency is between
+events, those read together 0 apart. Then a server of its own, on a GPU with --batch-invariant: a greedy stream equals the
+answer that is not streamed; a seeded request gives the same tokens alone, again, and among others of different lengths
+(written down: whether its log probabilities are the same to the last bit, and what the first server gives).
 
 Writes rows in the form of tools/gpu_check.py, and all else under "serve". Ends with 1 where tokens differ.
 """
@@ -201,7 +201,6 @@ def measure(arguments: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
         prompts = Prompts(facts["vocab_size"])
         found: dict[str, Any] = {
             "options": options,
-            "greedy_stream_equals_whole": greedy_agrees(server, prompts, arguments),
             "single": single_stream(server.port, prompts, arguments.prompt, arguments.single_output),
         }
         found["single"] |= {"bench_tokens_per_s": expected}
@@ -211,6 +210,8 @@ def measure(arguments: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
         found["seeded_by_default"] = seeded(server.port, prompts, arguments)
     with ServerProcess(arguments.file, *options, *INVARIANT.get(arguments.backend, []), seconds=START_SECONDS) as server:
         server.json("GET", "/ready")
+        prompts = Prompts(facts["vocab_size"])
+        found["greedy_stream_equals_whole"] = greedy_agrees(server, prompts, arguments)
         found["seeded"] = seeded(server.port, prompts, arguments)
         found["invariant"] = single_stream(server.port, prompts, arguments.prompt, arguments.single_output)
     return gpu, found

@@ -47,7 +47,7 @@ def test_golden_models_pass(gpu: Any, golden: GoldenModel, tmp_path: Path) -> No
 def test_a_matrix_that_is_broken_on_the_device_is_named(gpu: Any, golden: GoldenModel, tmp_path: Path, name: str) -> None:
     with megalith.open(golden.pack(tmp_path)) as packed:
         config, names = packed.index.config, packed.index.blobs.names
-        ids = np.array(bounded_prompt(random_prompt(config), config))
+        ids = np.array(bounded_prompt(random_prompt(config), config.max_seq_len))
         backend, reference = CupyBackend(packed, max_seq_len=256), NumpyBackend(packed)
         blob = packed.index.blob(names.index(name))
     address = backend.address("weights") + blob.offset

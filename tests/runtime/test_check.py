@@ -86,7 +86,7 @@ class RoundedPasses:
 
 
 def prompt(backend: NumpyBackend) -> NDArray[np.int64]:
-    return np.array(bounded_prompt(random_prompt(backend.config), backend.config))
+    return np.array(bounded_prompt(random_prompt(backend.config), backend.config.max_seq_len))
 
 
 def test_a_backend_equals_itself(packed_llama: Path) -> None:
@@ -160,5 +160,5 @@ def test_the_error_is_that_of_the_worst_token() -> None:
 
 def test_prompts_are_cut_to_one_prefill_with_room_for_decoding(packed_llama: Path) -> None:
     config = backend_of(packed_llama).config
-    assert len(bounded_prompt([1] * 5000, config)) == min(MAX_PROMPT_TOKENS, config.max_seq_len - DECODE_STEPS)
-    assert list(bounded_prompt([1, 2, 3], config)) == [1, 2, 3]
+    assert len(bounded_prompt([1] * 5000, config.max_seq_len)) == min(MAX_PROMPT_TOKENS, config.max_seq_len - DECODE_STEPS)
+    assert list(bounded_prompt([1, 2, 3], config.max_seq_len)) == [1, 2, 3]

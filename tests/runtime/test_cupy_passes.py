@@ -67,7 +67,7 @@ def test_launches_of_both_passes_know_their_operation(golden: GoldenModel, tmp_p
 def test_launches_are_cut_where_the_residual_stream_is_written(golden: GoldenModel, tmp_path: Path) -> None:
     with megalith.open(golden.pack(tmp_path)) as packed:
         reference, gpu, names = NumpyBackend(packed), FakeGpu(NumpyBackend(packed)), packed.index.blobs.names
-    ids = np.array(bounded_prompt(random_prompt(reference.config), reference.config))
+    ids = np.array(bounded_prompt(random_prompt(reference.config), reference.config.max_seq_len))
     found = list(compare(NumpyPasses(reference), CupyPasses(gpu), ids, 2, names))  # type: ignore[arg-type]
     assert len(found) == num_comparisons(reference.program, 2)
     assert {one.relative_error for one in found} == {0.0}
