@@ -6,8 +6,10 @@ that this stream is capturing.
 
 from __future__ import annotations
 
+import copy
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,21 +56,43 @@ class Launch:
         self.name, self.grid, self.block, self.shared_bytes = kernel.name, grid, block, shared_bytes
         self._kernel = kernel
         self._arguments = _pack(kernel, args)
-        base = ctypes.addressof(self._arguments)
-        self._pointers = (ctypes.c_void_p * max(1, len(args)))(*(base + offset for offset, _ in kernel.parameters))
+        self._addresses = [(at, value) for value, (at, _) in zip(args, kernel.parameters, strict=True) if type(value) is int]
+        self._point()
         kernel.allow_shared(shared_bytes)
-        self._config = _launch_config(kernel, grid, block, shared_bytes, pdl)
-        self._stream = 0  # as a fresh config has it
+        self._config = _Config(_launch_config(kernel, grid, block, shared_bytes, pdl))
+
+    def _point(self) -> None:
+        base, parameters = ctypes.addressof(self._arguments), self._kernel.parameters
+        self._pointers = (ctypes.c_void_p * max(1, len(parameters)))(*[base + offset for offset, _ in parameters])
+
+    def moved(self, addresses: Mapping[int, int]) -> Launch:
+        """The same launch, of which other pointers take the place of some."""
+        other = copy.copy(self)
+        other._arguments = type(self._arguments).from_buffer_copy(self._arguments)
+        other._addresses = [(at, addresses.get(value, value)) for at, value in self._addresses]
+        for (at, value), (_, before) in zip(other._addresses, self._addresses, strict=True):
+            if value != before:
+                ctypes.c_uint64.from_buffer(other._arguments, at).value = value
+        other._point()
+        return other
 
     def __call__(self, stream: int) -> None:
         """Enqueue on a stream, given as the integer of its handle."""
-        kernel = self._kernel
-        if stream != self._stream:
-            self._config.hStream = kernel.driver.CUstream(stream)
-            self._stream = stream
-        (status,) = kernel.driver.cuLaunchKernelEx(self._config, kernel.function, ctypes.addressof(self._pointers), 0)
+        kernel, config = self._kernel, self._config
+        if stream != config.stream:
+            config.values.hStream = kernel.driver.CUstream(stream)
+            config.stream = stream
+        (status,) = kernel.driver.cuLaunchKernelEx(config.values, kernel.function, ctypes.addressof(self._pointers), 0)
         if status != kernel.success:
-            check((status,), f"{kernel.name}: launch {self._config.gridDimX} x {self._config.gridDimY}", kernel.driver)
+            check((status,), f"{kernel.name}: launch {self.grid[0]} x {self.grid[1]}", kernel.driver)
+
+
+@dataclass
+class _Config:
+    """The driver's structure, which launches that differ in arguments alone share, and the stream that is in it."""
+
+    values: Any
+    stream: int = 0  # as a fresh one has it
 
 
 def _launch_config(kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, pdl: bool) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,26 +15,49 @@ from golden_models import GoldenModel
 import megalith
 from megalith.runtime.check import NumpyPasses, bounded_prompt, compare, num_comparisons, random_prompt
 from megalith.runtime.cupy_passes import CupyPasses
-from megalith.runtime.gpu_buffers import Limits
+from megalith.runtime.gpu_buffers import Limits, device_buffers
 from megalith.runtime.gpu_program import DecodePass, GpuProgram, Places, PrefillPass
 from megalith.runtime.numpy_backend import NumpyBackend
-from megalith.runtime.program import Kind, build_program, operation_name
+from megalith.runtime.program import Kind, Operation, build_program, operation_name
 
 
+@dataclass
+class NoLaunch:
+    """A launch that does nothing."""
+
+    kernel: Any
+    grid: Any
+    block: Any
+    args: Any
+    shared_bytes: int = 0
+    pdl: bool = True
+    operation: Operation | None = None
+    weight_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.build.source}.{self.kernel.entry}"
+
+    def moved(self, addresses: Mapping[int, int]) -> NoLaunch:
+        return replace(self, args=tuple(addresses.get(a, a) if type(a) is int else a for a in self.args))
+
+
+@dataclass(frozen=True)
 class NoKernel:
-    """Takes any arguments; the launch does nothing but count."""
+    """Takes any arguments."""
 
-    def __init__(self, build: Any, entry: str) -> None:
-        self.name = f"{build.source}.{entry}"
+    build: Any
+    entry: str
 
-    def bind(self, grid: Any, block: Any, args: Any, shared_bytes: int = 0, pdl: bool = True) -> Any:
-        return SimpleNamespace(name=self.name, grid=grid, block=block, operation=None, weight_bytes=0)
+    def bind(self, *arguments: Any) -> Any:
+        return NoLaunch(self, *arguments)
 
 
 def gpu_program(path: Path, arch: str) -> GpuProgram:
     limits = Limits(4, 256, 128, 16, 132, 228 << 10, arch == "sm_90a")
     with megalith.open(path) as packed:
-        return GpuProgram(packed.index, limits, Places(0, 0, defaultdict(int)), arch, NoKernel)  # type: ignore[arg-type]
+        buffers = {buffer.name: (i + 1) << 40 for i, buffer in enumerate(device_buffers(packed.index.config, limits))}
+        return GpuProgram(packed.index, limits, Places(1 << 30, 1 << 39, buffers), arch, NoKernel)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
@@ -61,6 +84,21 @@ def test_launches_of_both_passes_know_their_operation(golden: GoldenModel, tmp_p
             if is_product:
                 assert launch.operation is not None
                 assert operation_name(launch.operation, names) in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("golden", ["qwen3", "qwen2", "mistral_window", "llama_mqa", "llama_bias"], indirect=True)
+def test_layers_that_are_alike_have_their_own_addresses(golden: GoldenModel, tmp_path: Path, arch: str) -> None:
+    path = golden.pack(tmp_path)
+    program, whole = gpu_program(path, arch), gpu_program(path, arch)
+    assert len(set(program._likenesses)) < len(program._likenesses)
+    whole._likenesses = [(object(),) for _ in whole._likenesses]
+    for batch in (1, 4):
+        step = DecodePass(7, 8)
+        assert program.decode(batch, 2, step) == whole.decode(batch, 2, step)
+    for decoded in (0, 3):
+        prefill = PrefillPass(64, 5, 2, decoded, *range(10, 16))
+        assert program.prefill(prefill) == whole.prefill(prefill)
 
 
 @pytest.mark.parametrize("golden", ["llama2", "mixtral"], indirect=True)

@@ -101,6 +101,26 @@ def test_early_start_only_where_asked_and_possible() -> None:
     assert [capability_of(arch) for arch in ("sm_80", "sm_90a", "sm_100f", "sm_120")] == [80, 90, 100, 120]
 
 
+def test_a_moved_launch_has_other_pointers_and_leaves_the_first_alone() -> None:
+    driver = FakeDriver()
+    first = kernel(driver).bind((1, 2, 3), (32, 1, 1), ARGS, 64)
+    pointers = [value for value in ARGS if type(value) is int]
+    moved = first.moved({pointers[0]: 0x1234567890, 999: 1})
+    first(5)
+    moved(5)
+    moved(6)
+    first(6)
+    assert [done["stream"] for done in driver.launched] == [5, 5, 6, 6]
+    one, other, *_ = driver.launched
+    assert one["values"][0] == pointers[0].to_bytes(8, "little")
+    assert other["values"][0] == (0x1234567890).to_bytes(8, "little")
+    assert other["values"][1:] == one["values"][1:]
+    assert {name: one[name] for name in ("grid", "block", "shared", "pdl")} == {
+        name: other[name] for name in ("grid", "block", "shared", "pdl")
+    }
+    assert driver.launched[3]["values"] == one["values"]
+
+
 def test_shared_memory_is_preferred_and_asked_for_when_more_is_needed() -> None:
     driver = FakeDriver()
     function = kernel(driver)

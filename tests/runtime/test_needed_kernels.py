@@ -38,7 +38,9 @@ class Asked:
         return self
 
     def bind(self, *arguments: object, **named: object) -> Launch:
-        return cast(Launch, SimpleNamespace())
+        launch = SimpleNamespace(operation=None)
+        launch.moved = lambda addresses: SimpleNamespace()
+        return cast(Launch, launch)
 
 
 @pytest.mark.parametrize(("name", "arch"), CASES)
@@ -95,7 +97,7 @@ def test_a_bench_gets_its_kernels_at_once(tmp_path: Path) -> None:
     for batch in (1, 16, 20):
         asked.program.decode(batch, 1, DecodePass(0, 0))
     for count in (512, 1500):
-        asked.program.prefill(PrefillPass(count, 1, 0, *[0] * 6))
+        asked.program.prefill(PrefillPass(count, 1, 0, *[0] * 7))
     asked.program.head(1, 0)
     [loaded] = loads
     assert asked.kernels <= loaded
