@@ -33,7 +33,7 @@ from .gpu_staging import PinnedCopies, Staging
 from .kernel_spans import KernelSpans
 from .launch import Launch
 from .loaded_kernels import LoadedKernels, Wanted
-from .loading import LoadOptions, load, terminal_progress
+from .loading import LoadOptions, LoadReport, load, terminal_progress
 from .needed_kernels import KernelNeeds, batch_bucket, batch_buckets
 from .sampler import SamplingParameters
 from .trace import Trace, host_span
@@ -147,14 +147,19 @@ class CupyBackend:
             self._arena = self.cupy.cuda.alloc(self.plan.nbytes)
         base = self._arena.ptr
         self.cupy.cuda.runtime.memsetAsync(base + span.nbytes, 0, self.plan.nbytes - span.nbytes, self.stream.ptr)
-        with terminal_progress(span.nbytes) as progress, host_span(self.trace, "copy file to device", bytes=span.nbytes):
-            self.load_report = load(packed, base, CudaCopier(self.stream.ptr), LoadOptions(verify=verify), progress)
+        with host_span(self.trace, "copy file to device", bytes=span.nbytes):
+            self.copy_file(packed, verify)
         table = base + span.rope_offset + table_offset(self.config.head_dim)
         self._places = Places(base, table, self.plan.addresses(base))
         eos = np.array(self.config.eos_token_ids or [0], np.int32)
         copy = self.cupy.cuda.runtime.memcpy
         copy(self.address("eos_tokens"), eos.ctypes.data, eos.nbytes, self.cupy.cuda.runtime.memcpyHostToDevice)
         self.stream.synchronize()
+
+    def copy_file(self, packed: PackedFile, verify: bool = False) -> LoadReport:
+        """From the file to its place in the arena; once more is harmless where nothing runs."""
+        with terminal_progress(FileSpan.of(packed.header).nbytes) as progress:
+            return load(packed, self._arena.ptr, CudaCopier(self.stream.ptr), LoadOptions(verify=verify), progress)
 
     def address(self, name: str) -> int:
         """Of a region of the arena."""

@@ -1,8 +1,9 @@
 """Builds and launch numbers of `gemm_wgmma.cu`, the matrix product for many tokens; the kernel asserts that they are its own.
 
-Two ways to divide a product. Up to SPLIT_TOKENS tokens it streams weights: every cluster of blocks gets an equal range of the
-matrix, and ranges that share a tile are added in order. Above, each tile is one cluster's over all columns. So what a token
-gets depends on the matrix, the number of blocks and the side of SPLIT_TOKENS that the batch is on, not on the other tokens.
+Two ways to divide a product. For few tokens it streams weights: every cluster of blocks gets an equal range of the matrix, and
+ranges that share a tile are added in order, so what a token gets depends on the matrix and the number of blocks, not on the
+other tokens. For more, a tile is one cluster's over all columns; where tiles do not fill the last round of the clusters, those
+of that round may be divided in the same way, which makes the order of additions depend on the number of tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from functools import cache
 from itertools import product
 
 TOKEN_TILES = (16, 32, 64, 96, 128, 160, 192, 224, 256)
-SPLIT_TOKENS = 256
+SPLIT_TOKENS = 256  # that `split_shape` takes, for all of whose numbers a token gets the same
+STREAMED_TOKENS = 128  # that are its work where nobody asks for that
 SHARED_LIMIT_BYTES = 227 << 10
 EPILOGUE_STORE, EPILOGUE_ADD, EPILOGUE_SWIGLU = 0, 1, 2
 
@@ -30,6 +32,8 @@ _START_CYCLES = 48
 _L2_BYTES_PER_CYCLE = 36
 _EPILOGUE_CYCLES_PER_VALUE = {EPILOGUE_STORE: 0.10, EPILOGUE_ADD: 0.15, EPILOGUE_SWIGLU: 0.12}
 _TILE_CYCLES = 1500
+_DIVIDED_COST = 1.1  # beside whole rounds: the other way leaves multiprocessors idle, and the rest a higher clock
+_EXCHANGE_CYCLES = 1500  # of one cluster's partial sums, left or added, beside their bytes
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,21 @@ class GemmShape:
         most = max(1, _BAND_BYTES // (2 * columns * self.tile_tokens))
         return -(-tiles // -(-tiles // most))
 
-    def waves(self, rows: int, num_tokens: int, num_sms: int) -> int:
-        """How many tiles the busiest cluster has, without split."""
+    def rounds(self, rows: int, num_tokens: int, num_sms: int) -> tuple[int, int]:
+        """Whole tiles of each cluster, and tiles that are left, which some have or, with split, all divide."""
         tiles = -(-rows // self.cluster_rows) * -(-num_tokens // self.tile_tokens)
-        return -(-tiles // (num_sms // self.cluster))
+        return divmod(tiles, num_sms // self.cluster)
 
 
 @cache
-def gemm_shape(layout: str, epilogue: int, rows: int, columns: int, num_tokens: int, num_sms: int) -> GemmShape:
-    """The build for a product of `rows` x `columns` stored weights with `num_tokens` tokens."""
-    if num_tokens <= SPLIT_TOKENS:
+def gemm_shape(
+    layout: str, epilogue: int, rows: int, columns: int, num_tokens: int, num_sms: int, invariant: bool = False
+) -> GemmShape:
+    """The build for a product of `rows` x `columns` stored weights with `num_tokens` tokens.
+
+    `invariant`: what a token gets does not depend on their number; at most SPLIT_TOKENS.
+    """
+    if num_tokens <= STREAMED_TOKENS or invariant:
         return split_shape(layout, epilogue, rows, num_tokens, num_sms)
     return whole_shape(layout, epilogue, rows, columns, num_tokens, num_sms)
 
@@ -136,19 +145,34 @@ def split_shape(layout: str, epilogue: int, rows: int, num_tokens: int, num_sms:
 
 
 def whole_shape(layout: str, epilogue: int, rows: int, columns: int, num_tokens: int, num_sms: int) -> GemmShape:
-    """For many tokens: the tile that ends first, by a simple model; of equals the largest."""
+    """For many tokens: the tile that ends first, by a simple model, last round divided or not; of equals the largest."""
     panels = 2 if layout == "mxfp4" else 1
     shapes = [
-        GemmShape(layout, epilogue, tile, groups, panels, 1, split=False)
-        for groups, tile in product((2, 3, 1), reversed(TOKEN_TILES))
-        if groups < 3 or tile <= _MAX_TOKENS_OF_3_GROUPS
+        GemmShape(layout, epilogue, tile, groups, panels, 1, split)
+        for split, groups, tile in product((False, True), (2, 3, 1), reversed(TOKEN_TILES))
+        if groups < 3 or (tile <= _MAX_TOKENS_OF_3_GROUPS and not split)
     ]
-    return min(shapes, key=lambda shape: shape.waves(rows, num_tokens, num_sms) * _tile_cycles(shape, columns))
+    return min(shapes, key=lambda shape: _cycles(shape, rows, columns, num_tokens, num_sms))
 
 
-def _tile_cycles(shape: GemmShape, columns: int) -> float:
+def _cycles(shape: GemmShape, rows: int, columns: int, num_tokens: int, num_sms: int) -> float:
+    """Of the busiest cluster."""
+    clusters = num_sms // shape.cluster
+    rounds, left = shape.rounds(rows, num_tokens, num_sms)
+    if shape.split and shape.tile_tokens >= num_tokens:  # all tiles are divided
+        rounds, left = 0, rounds * clusters + left
+    values = shape.row_groups * _GROUP_ROWS * shape.tile_tokens
     weights = shape.row_groups * _GROUP_ROWS * 64 * _STEP_BYTES[shape.layout] // (16 * _STEP_COLUMNS[shape.layout])
     fetch = (weights + shape.tile_tokens * 128 / shape.cluster) / _L2_BYTES_PER_CYCLE
     multiply = shape.row_groups * (2 * shape.tile_tokens + _START_CYCLES)
-    values = shape.row_groups * _GROUP_ROWS * shape.tile_tokens
-    return -(-columns // 64) * max(fetch, multiply) + _EPILOGUE_CYCLES_PER_VALUE[shape.epilogue] * values + _TILE_CYCLES
+    stages, stage = -(-columns // 64), max(fetch, multiply)
+    ends = _EPILOGUE_CYCLES_PER_VALUE[shape.epilogue] * values + _TILE_CYCLES
+    tile = stages * stage + ends
+    if not left:
+        return rounds * tile
+    if not shape.split:
+        return (rounds + 1) * tile
+    partials = -(-clusters // left) + (left > clusters)  # that a cluster leaves and adds
+    exchange = partials * (_EXCHANGE_CYCLES + 4 * values / _L2_BYTES_PER_CYCLE)
+    divided = -(-left * stages // clusters) * stage + -(-left // clusters) * ends + exchange
+    return _DIVIDED_COST * (rounds * tile + divided) if rounds else divided

@@ -78,10 +78,17 @@ class PrefillPass:
 
 def element_of(index: Index) -> str:
     """BF16 or F16, the one type of all 16-bit matrices."""
-    found = {index.blob(i).dtype for i in range(len(index.blobs)) if index.blob(i).layout == "tile16x512"}
+    blobs = [index.blob(i) for i in range(len(index.blobs))]
+    found = {blob.dtype for blob in blobs if blob.layout == "tile16x512"}
     if len(found) != 1:
         raise UnsupportedError(f"the cupy backend runs matrices of one 16-bit type, this file has {', '.join(sorted(found))}")
-    return found.pop()
+    element = found.pop()
+    if element == "F16" and any(blob.layout == "mxfp4" for blob in blobs):
+        raise UnsupportedError(
+            "the cupy backend runs MXFP4 matrices beside BF16 ones, not beside FP16, which does not hold every scale: "
+            "convert with --dtype bf16"
+        )
+    return element
 
 
 class GpuProgram:
@@ -298,7 +305,8 @@ class GpuProgram:
         reader: str,
     ) -> Launch:
         num_sms, (address, pitch, columns) = self._limits.num_sms, y
-        shape = gemm_shape(blob.layout, epilogue, blob.rows, blob.columns, count, num_sms)
+        invariant = self._limits.batch_invariant
+        shape = gemm_shape(blob.layout, epilogue, blob.rows, blob.columns, count, num_sms, invariant)
         if epilogue == 2:
             columns = padded(columns, 128 if reader == "mxfp4" else 64)
         defines = {

@@ -53,6 +53,8 @@ def _gemm(arch: str) -> Iterator[Build]:
         GemmShape(tiles, 2, 256, 2, 2, 2, True),
         GemmShape(tiles, 1, 256, 1, 2, 2, True),
         GemmShape(tiles, 2, 16, 2, 2, 2, True),
+        GemmShape(tiles, 1, 256, 2, 1, 1, True),
+        GemmShape(tiles, 2, 256, 2, 1, 1, True),
         GemmShape(mxfp4, 1, 256, 2, 2, 2, False),
         GemmShape(mxfp4, 1, 128, 3, 2, 2, False),
         GemmShape(mxfp4, 1, 256, 1, 2, 2, True),

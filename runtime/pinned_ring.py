@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
 
 import xxhash
@@ -40,7 +40,7 @@ class RingSize:
         return self.threads * SLOTS_PER_THREAD * self.slot_bytes
 
 
-CACHED_RING = RingSize(8, 8 << 20)  # for a file in the page cache
+CACHED_RING = RingSize(8, 4 << 20)  # for a file in the page cache
 STORAGE_RING = RingSize(16, 8 << 20)  # many large requests at once
 
 
@@ -63,40 +63,49 @@ def load_ring(
     """
     if not pieces:
         return
-    size = replace(size, threads=min(size.threads, len(pieces)))
-    slots = copier.allocate_pinned(size.nbytes)
+    threads = min(size.threads, len(pieces))
     pending, lock = deque(pieces), Lock()
 
-    def work(number: int) -> None:
+    def work(_: int) -> None:
         copier.attach()
-        places = [slots + (SLOTS_PER_THREAD * number + i) * size.slot_bytes for i in range(SLOTS_PER_THREAD)]
-        views = [memoryview((ctypes.c_ubyte * size.slot_bytes).from_address(place)).cast("B") for place in places]
         busy: list[object | None] = [None] * SLOTS_PER_THREAD
         turn = 0
         try:
-            while (piece := _next(pending)) is not None:
-                earlier = busy[turn]
-                if earlier is not None:
-                    busy[turn] = None
-                    copier.wait(earlier)
-                _read(packed, direct, piece, views[turn])
-                _check_chunks(packed, piece, views[turn])
-                busy[turn] = copier.copy(target + piece.offset - origin, places[turn], piece.nbytes)
-                turn = (turn + 1) % SLOTS_PER_THREAD
-                with lock:
-                    progress(piece.nbytes)
+            with _pinned(copier, SLOTS_PER_THREAD * size.slot_bytes) as slots:
+                places = [slots + i * size.slot_bytes for i in range(SLOTS_PER_THREAD)]
+                views = [memoryview((ctypes.c_ubyte * size.slot_bytes).from_address(place)).cast("B") for place in places]
+                try:
+                    while (piece := _next(pending)) is not None:
+                        earlier = busy[turn]
+                        if earlier is not None:
+                            busy[turn] = None
+                            copier.wait(earlier)
+                        _read(packed, direct, piece, views[turn])
+                        _check_chunks(packed, piece, views[turn])
+                        busy[turn] = copier.copy(target + piece.offset - origin, places[turn], piece.nbytes)
+                        turn = (turn + 1) % SLOTS_PER_THREAD
+                        with lock:
+                            progress(piece.nbytes)
+                finally:
+                    for copied in busy:
+                        if copied is not None:
+                            copier.wait(copied)
         finally:
             pending.clear()  # the others stop too when this one failed
-            for copied in busy:
-                if copied is not None:
-                    copier.wait(copied)
 
+    with ThreadPoolExecutor(threads, thread_name_prefix="ring") as pool:
+        for future in [pool.submit(work, i) for i in range(threads)]:
+            future.result()
+
+
+@contextlib.contextmanager
+def _pinned(copier: Copier, nbytes: int) -> Iterator[int]:
+    """Each thread has its own: pinning takes 0.3 ms a MiB, during which others read and copy."""
+    address = copier.allocate_pinned(nbytes)
     try:
-        with ThreadPoolExecutor(size.threads, thread_name_prefix="ring") as pool:
-            for future in [pool.submit(work, i) for i in range(size.threads)]:
-                future.result()
+        yield address
     finally:
-        copier.free_pinned(slots)
+        copier.free_pinned(address)
 
 
 def _next(pending: deque[Piece]) -> Piece | None:

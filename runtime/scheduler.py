@@ -1,12 +1,12 @@
 """Continuous batching: which tokens of which sequences go into the next forward pass.
 
 Every pass holds one token of each decoding sequence, and chunks of prompts. Alone these fill `max_batch_tokens`; beside
-decoding sequences they are kept to `prefill_chunk` tokens and some for each of the sequences: about as much as takes a
-device as long as the decoding does, so that passes are at most twice as long and tokens come evenly. Where the executor runs
-ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have ended had one
-more token computed, and keeps slot and pages until that pass is collected. A sequence most of whose prompt another one is
-just computing waits for its pages. When pages run out, the sequence admitted
-last gives its pages up and is computed again later.
+decoding sequences they are kept to `prefill_chunk` tokens, or some for each of the sequences that run or wait: about as
+much as takes a device as long as the decoding does, so that passes are at most twice as long and tokens come evenly.
+Where the executor runs ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have
+ended had one more token computed, and keeps slot and pages until that pass is collected. A sequence most of whose prompt
+another one is just computing waits for its pages. When pages run out, the sequence admitted last gives its pages up and is
+computed again later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .pages import Pages, PrefixHash
 from .sequences import Emitted, Finish, Request, Sequence
 
 PREFILL_CHUNK = 192
-CHUNK_PER_SEQUENCE = 3  # the more decode, the longer a pass takes anyway, and the more end and make room for others
+CHUNK_PER_SEQUENCE = 6  # the more decode, the longer a pass takes anyway, and the more end and make room for others
 _EXPIRY_SECONDS = 0.01  # between looks at deadlines
 
 Planned = list[tuple[Sequence, SequenceStep]]
@@ -152,7 +152,10 @@ class Scheduler:
     def _prompt_tokens_beside(self, num_decoding: int) -> int:
         """How many tokens of prompts go into a pass."""
         room = self._max_batch_tokens - num_decoding
-        return min(room, self._prefill_chunk + CHUNK_PER_SEQUENCE * num_decoding) if num_decoding else room
+        if not num_decoding:
+            return room
+        crowd = min(len(self._running) + len(self._waiting), self._executor.max_sequences)
+        return min(room, max(self._prefill_chunk, CHUNK_PER_SEQUENCE * crowd))
 
     @staticmethod
     def _may_run(sequence: Sequence) -> bool:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from kernel_inputs import Matrix, as_bits, matrix, tiled_activation, widen_bits
 
-from megalith.runtime.gemm_plan import SHARED_LIMIT_BYTES, SPLIT_TOKENS, TOKEN_TILES, GemmShape, gemm_shape, split_shape
+from megalith.runtime.gemm_plan import (
+    SHARED_LIMIT_BYTES,
+    SPLIT_TOKENS,
+    STREAMED_TOKENS,
+    TOKEN_TILES,
+    GemmShape,
+    gemm_shape,
+    split_shape,
+)
 
 NUM_SMS = 132
 MATRICES = [(19456, 2560, 2), (6144, 2560, 0), (2560, 9728, 1), (2560, 4096, 1), (151936, 2560, 0), (16, 32, 0), (48, 96, 2)]
@@ -24,20 +32,23 @@ def segments(shape: GemmShape, rows: int, columns: int, num_tokens: int, cluster
     stages = -(-columns // (64 * shape.stage_panels))
     row_tiles, token_tiles = -(-rows // shape.cluster_rows), -(-num_tokens // shape.tile_tokens)
     found: list[tuple[int, ...]] = []
+    token_band, tiles = shape.token_band(columns, num_tokens), row_tiles * token_tiles
+
+    def locate(number: int) -> tuple[int, int]:
+        band, place = divmod(number, token_band * row_tiles)
+        width = min(token_band, token_tiles - band * token_band)
+        return place // width, (band * token_band + place % width) * shape.tile_tokens
+
+    last = tiles
     if shape.split:
-        position, stop = (range_begin(row_tiles * stages, cluster + i, clusters) for i in (0, 1))
+        last = tiles - tiles % clusters if token_tiles > 1 else 0
+        position, stop = (range_begin((tiles - last) * stages, cluster + i, clusters) for i in (0, 1))
         while position < stop:
             begin = position % stages
             end = min(stages, begin + stop - position)
-            found.append((position // stages, 0, begin, end))
+            found.append((*locate(last + position // stages), begin, end))
             position += end - begin
-        return found
-    token_band = shape.token_band(columns, num_tokens)
-    for position in range(cluster, row_tiles * token_tiles, clusters):
-        band, place = divmod(position, token_band * row_tiles)
-        width = min(token_band, token_tiles - band * token_band)
-        found.append((place // width, (band * token_band + place % width) * shape.tile_tokens, 0, stages))
-    return found
+    return found + [(*locate(number), 0, stages) for number in range(cluster, last, clusters)]
 
 
 @pytest.mark.parametrize(("rows", "columns", "epilogue"), MATRICES)
@@ -60,6 +71,7 @@ def test_every_stage_of_every_tile_belongs_to_one_cluster(rows: int, columns: in
 
 
 def test_shapes_fit_and_are_used_well() -> None:
+    largest = GemmShape("tile16x512", 0, SPLIT_TOKENS, row_groups=2, stage_panels=2, cluster=1, split=True)  # planned for
     for rows, columns, epilogue in MATRICES:
         for num_tokens in TOKENS:
             for layout in ("tile16x512", "mxfp4"):
@@ -67,8 +79,15 @@ def test_shapes_fit_and_are_used_well() -> None:
                 assert shape.tile_tokens in TOKEN_TILES
                 assert shape.stages >= 2
                 assert shape.shared_bytes <= SHARED_LIMIT_BYTES
-                assert shape.split == (num_tokens <= SPLIT_TOKENS)
-                assert not shape.split or shape.tile_tokens >= num_tokens
+                assert num_tokens > STREAMED_TOKENS or (shape.split and shape.tile_tokens >= num_tokens)
+                assert shape.partials_bytes(NUM_SMS) <= largest.partials_bytes(NUM_SMS)
+                assert shape.flags(NUM_SMS) <= largest.flags(NUM_SMS)
+    for num_tokens in (130, 256):
+        invariant = gemm_shape("tile16x512", 1, 2560, 9728, num_tokens, NUM_SMS, invariant=True)
+        assert invariant == split_shape("tile16x512", 1, 2560, num_tokens, NUM_SMS)
+    few_tiles = gemm_shape("tile16x512", 1, 2560, 9728, 512, NUM_SMS)
+    assert few_tiles.split
+    assert few_tiles.tile_tokens < 512
     large = gemm_shape("tile16x512", 0, 6144, 2560, 8192, NUM_SMS)
     assert (large.row_groups, large.tile_tokens, large.cluster) == (2, 256, 1)
 

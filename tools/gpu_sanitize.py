@@ -13,10 +13,9 @@ Prints a line per tool and ends with 1 when one of them finds something, fails o
 - racecheck looks at shared memory. It does not connect a bulk copy with the mbarrier that it completes where one warp
   copies and others wait in a loop, and reports a race for each (a known limit for copies by address; its option for
   asynchronous copies is of cp.async alone). So BETWEEN_WARPS, where a producer warp does just that, is left out of it
-  unless --all asks: memcheck and synccheck have those kernels, and their tests compare runs bit by bit. So is linear, whose
-  warps leave sums for another one: all lanes write, then __syncwarp, then one lane arrives on the mbarrier that the reader
-  waits on, of which racecheck sees the arriving lane's own writes alone (it reported a hazard on an H100). In the other
-  kernels a warp copies for itself.
+  unless --all asks: memcheck and synccheck have those kernels, and their tests compare runs bit by bit. In the other kernels
+  a warp copies for itself; where warps of linear leave sums for another one, every lane arrives on the mbarrier that the
+  reader waits on, as racecheck takes an arrival to order the arriving lane's own writes alone.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ CASES = {  # by kernel, the smallest that go through all of its parts
         "test_sampling.py::test_decode_state_moves_on",
     ),
 }
-BETWEEN_WARPS = ("attention_prefill_wgmma", "gemm_wgmma", "linear")
+BETWEEN_WARPS = ("attention_prefill_wgmma", "gemm_wgmma")
 WHOLE_MODELS = ("test_backend.py::test_generation_follows_the_logits[llama2]",)  # graphs, staging; memcheck alone
 ACCEPTED_HAZARDS: dict[str, str] = {}  # part of a report's line -> why it is none
 TOOLS = {

@@ -6,9 +6,10 @@
 // fetching its part of the activations for all of them. Blocks stay and go from tile to tile.
 //
 // SPLIT 0: a tile is one cluster's, over all of K. Tiles go in bands of `token_band` token tiles, rows outermost within one.
-// SPLIT 1: at most TILE_TOKENS tokens. All stages of the matrix, row tile by row tile, are one sequence that is cut into equal
-// ranges, one per cluster; the cluster with a tile's first stage owns it. The others have its stages at the start of their
-// ranges, so their sums are in `partials` before the owner asks for them. Every block must be resident at once.
+// SPLIT 1: first the tiles that are left when every cluster has the same number of whole ones; with at most TILE_TOKENS tokens
+// all tiles. Their stages, tile by tile, are one sequence that is cut into equal ranges, one per cluster; the cluster with a
+// tile's first stage owns it. The others have its stages at the start of their ranges, so their sums are in `partials`
+// before the owner asks for them. Then the whole tiles. Every block must be resident at once.
 //
 // grid: (blocks, a multiple of CLUSTER, at most the number of SMs). block: THREADS. Dynamic shared memory: SHARED_BYTES.
 //
@@ -23,8 +24,8 @@
 // partials     SPLIT: float4 [gridDim.x][ROW_GROUPS][TILE_TOKENS / 8][128]
 // flags        SPLIT: u32 [gridDim.x][ROW_GROUPS], zero before and after
 //
-// Numerics: FP32 accumulation in column order; with SPLIT the ranges of a tile are added in order. The order depends on the
-// matrix and on gridDim.x alone (without SPLIT on the matrix alone), not on N, TILE_TOKENS or the other tokens.
+// Numerics: FP32 accumulation in column order; with SPLIT the ranges of a tile are added in order. Without SPLIT the order depends
+// on the matrix alone; with it, for at most TILE_TOKENS tokens, on the matrix and gridDim.x, and beyond on N too.
 #define WGMMA_N TILE_TOKENS
 #include "activation.cuh"
 #include "codec.cuh"
@@ -74,6 +75,9 @@ struct Segment {
     int row_tile;  // of the cluster
     int token;     // the first
     int begin, end;
+#if SPLIT
+    u32 tile_end;  // stages of all divided tiles up to the end of this one
+#endif
 };
 
 struct Matrix {
@@ -88,7 +92,7 @@ struct Matrix {
 };
 
 #if SPLIT
-// First of a cluster's stages among all of the matrix: ranges differ by at most one stage.
+// First of a cluster's stages among all of the divided tiles: ranges differ by at most one stage.
 DEVICE u32 range_begin(u32 total, u32 cluster) {
     const u32 clusters = gridDim.x / CLUSTER;
     return cluster * (total / clusters) + min(cluster, total % clusters);
@@ -97,30 +101,40 @@ DEVICE u32 range_begin(u32 total, u32 cluster) {
 
 struct Schedule {
     int row_tiles, token_tiles, token_band, stages;
-    u32 position, stop;  // SPLIT: stages of the whole matrix; else tiles
+    u32 tile, last;  // whole tiles: the next, and the end of all clusters'
+#if SPLIT
+    u32 total, position, stop;  // stages: of all divided tiles, and the rest of this cluster's
+#endif
 
     MEMBER void rewind() {
-        const u32 cluster = blockIdx.x / CLUSTER;
+        const u32 cluster = blockIdx.x / CLUSTER, tiles = row_tiles * token_tiles;
+        tile = cluster, last = tiles;
 #if SPLIT
-        const u32 total = row_tiles * stages;
-        position = range_begin(total, cluster), stop = range_begin(total, cluster + 1);
-#else
-        position = cluster, stop = row_tiles * token_tiles;
+        const u32 clusters = gridDim.x / CLUSTER;
+        last = token_tiles > 1 ? tiles - tiles % clusters : 0;
+        total = (tiles - last) * stages, position = range_begin(total, cluster), stop = range_begin(total, cluster + 1);
 #endif
     }
-    MEMBER bool next(Segment& s) {
-        if (position >= stop) return false;
-#if SPLIT
-        s.row_tile = position / stages, s.token = 0;
-        s.begin = position % stages, s.end = min(stages, s.begin + static_cast<int>(stop - position));
-        position += s.end - s.begin;
-#else
-        const int band = position / (token_band * row_tiles), place = position % (token_band * row_tiles);
+    MEMBER void locate(Segment& s, u32 number) const {
+        const int band = number / (token_band * row_tiles), place = number % (token_band * row_tiles);
         const int width = min(token_band, token_tiles - band * token_band);
         s.row_tile = place / width, s.token = (band * token_band + place % width) * TILE_TOKENS;
-        s.begin = 0, s.end = stages;
-        position += gridDim.x / CLUSTER;
+    }
+    MEMBER bool next(Segment& s) {
+#if SPLIT
+        if (position < stop) {
+            const u32 divided = position / stages;
+            locate(s, last + divided);
+            s.begin = position % stages, s.end = min(stages, s.begin + static_cast<int>(stop - position));
+            s.tile_end = (divided + 1) * stages;
+            position += s.end - s.begin;
+            return true;
+        }
 #endif
+        if (tile >= last) return false;
+        locate(s, tile);
+        s.begin = 0, s.end = stages;
+        tile += gridDim.x / CLUSTER;
         return true;
     }
 };
@@ -293,7 +307,7 @@ struct Exchange {
         if (thread == 0) store_release(flags + mine, 1);
     }
 
-    // Adds what the following clusters have of the tile that ends before stage `end` of the matrix; leaves their flags at zero.
+    // Adds what the following clusters have of the tile that ends before stage `end` of `total`; leaves their flags at zero.
     MEMBER void take(Sums& acc, u32 total, u32 end) const {
         const u32 cluster = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
         for (u32 other = cluster + 1; range_begin(total, other) < end; ++other) {
@@ -476,7 +490,7 @@ gemm_wgmma(const u8* weights, int row_blocks, int steps, const u8* activations, 
 
     const int rows = EPILOGUE == 2 ? max(16 * row_blocks, 2 * y_columns) : 16 * row_blocks;  // zeros beyond the stored rows
     const int row_tiles = (rows + 16 * TILE_ROW_BLOCKS - 1) / (16 * TILE_ROW_BLOCKS);
-    Schedule schedule = {row_tiles, (num_tokens + TILE_TOKENS - 1) / TILE_TOKENS, token_band, stages, 0, 0};
+    Schedule schedule = {row_tiles, (num_tokens + TILE_TOKENS - 1) / TILE_TOKENS, token_band, stages};
     schedule.rewind();
     if (warp >= CONSUMER_WARPS) {
         if constexpr (ROW_GROUPS > 1) lower_registers<PRODUCER_REGISTERS>();
@@ -497,7 +511,7 @@ gemm_wgmma(const u8* weights, int row_blocks, int steps, const u8* activations, 
                 exchange.give(acc);
                 continue;
             }
-            if (s.end < stages) exchange.take(acc, row_tiles * stages, (s.row_tile + 1) * stages);
+            if (s.end < stages) exchange.take(acc, schedule.total, s.tile_end);
 #endif
             store_tile(acc, m, out, s.row_tile * TILE_ROW_BLOCKS + rank * CONSUMER_WARPS + warp, s.token);
         }

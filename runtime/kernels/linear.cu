@@ -142,8 +142,7 @@ struct Exchange {
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES; ++i)
             sums[(warp * TOKEN_TILES + i) * 32 + lane] = make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(full);
+        mbarrier_arrive(full);
     }
     MEMBER void take(float4 (&sum)[TOKEN_TILES], u32 segment, int lane) const {
         mbarrier_wait(full, segment & 1);
@@ -156,8 +155,7 @@ struct Exchange {
                 sum[i].x += part.x, sum[i].y += part.y, sum[i].z += part.z, sum[i].w += part.w;
             }
         }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(empty);
+        mbarrier_arrive(empty);
     }
 };
 
@@ -350,8 +348,8 @@ linear(const u8* weights, u32 row_blocks, int steps, const Element* activations,
     if (warp < WARPS) {
         ring.initialize(work);
     } else if (lane == 0) {
-        mbarrier_init(exchange.full, WARPS);
-        mbarrier_init(exchange.empty, 1);
+        mbarrier_init(exchange.full, 32 * WARPS);  // every lane arrives for what it wrote or read
+        mbarrier_init(exchange.empty, 32);
     }
     __syncthreads();
     wait_for_previous();

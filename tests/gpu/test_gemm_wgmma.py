@@ -22,7 +22,7 @@ LANE_COLUMNS = {"tile16x512": 8, "mxfp4": 32}
 
 SHAPES = [
     (16, 32, 1), (48, 96, 5), (112, 576, 17), (576, 2560, 63), (6160, 2560, 64), (2560, 9728, 130), (1000, 2880, 300),
-    (2560, 4096, 256), (6160, 576, 1000), (1001, 96, 70), (333, 2560, 300),
+    (2560, 4096, 256), (2560, 9728, 512), (6160, 576, 1000), (1001, 96, 70), (333, 2560, 300),
 ]  # fmt: skip
 TILES = [  # tokens, warpgroups, cluster
     (16, 1, 1), (16, 2, 2), (32, 2, 1), (64, 1, 2), (64, 3, 1), (96, 2, 2), (128, 3, 2), (128, 1, 1), (160, 2, 2), (192, 1, 2),
@@ -166,6 +166,17 @@ def test_split_over_few_and_many_blocks(gpu: Any, blocks: int) -> None:
         )
 
 
+@pytest.mark.parametrize("blocks", [2, 14, 66, 132])
+@pytest.mark.parametrize(("groups", "cluster"), [(1, 1), (2, 1), (2, 2)])
+def test_last_round_divided(gpu: Any, groups: int, cluster: int, blocks: int) -> None:
+    rng = np.random.default_rng(blocks)
+    weights = matrix(rng, 1040, 1056, "BF16", "tile16x512")
+    for tokens in (65, 700):
+        x = rng.standard_normal((tokens, 1056)).astype(np.float32)
+        shape = GemmShape("tile16x512", 0, 64, groups, 1, cluster, True)
+        check_store_and_add(gpu, weights, x, shape, blocks=min(blocks, gpu.num_sms))
+
+
 def test_f16_and_float_bias(gpu: Any) -> None:
     rng = np.random.default_rng(9)
     weights = matrix(rng, 576, 576, "F16", "tile16x512")
@@ -226,7 +237,8 @@ def test_what_a_token_gets_does_not_depend_on_the_others(gpu: Any, layout: str) 
     for tokens in (1, 17, 40, 100, 190):
         part = products(tokens, split_shape(layout, 0, rows, tokens, gpu.num_sms))
         np.testing.assert_array_equal(part, split[:tokens])
-    whole = products(512, whole_shape(layout, 0, rows, columns, 512, gpu.num_sms))
-    for tokens in (1, 33, 300):
-        part = products(tokens, whole_shape(layout, 0, rows, columns, tokens, gpu.num_sms))
+    panels = 2 if layout == "mxfp4" else 1
+    whole = products(512, GemmShape(layout, 0, 256, 2, panels, 1, False))
+    for tokens, tile in ((1, 64), (33, 256), (300, 128)):
+        part = products(tokens, GemmShape(layout, 0, tile, 2, panels, 1, False))
         np.testing.assert_array_equal(part, whole[:tokens])

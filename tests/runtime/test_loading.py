@@ -36,7 +36,7 @@ class FakeDevice:
     base: int = 1 << 40
     registered: dict[int, int] = field(default_factory=dict)
     pinned: dict[int, ctypes.Array[ctypes.c_char]] = field(default_factory=dict)
-    waiting: set[int] = field(default_factory=set)
+    waiting: dict[int, int] = field(default_factory=dict)  # copy to source
     from_mapping: int = 0
     registrations: int = 0
     copies: int = 0
@@ -67,8 +67,9 @@ class FakeDevice:
         return address
 
     def free_pinned(self, address: int) -> None:
-        assert not self.waiting, "freed under a copy"
-        del self.pinned[address]
+        with self.lock:
+            nbytes = ctypes.sizeof(self.pinned.pop(address))
+            assert not any(address <= source < address + nbytes for source in self.waiting.values()), "freed under a copy"
 
     def copy(self, target: int, source: int, nbytes: int) -> object:
         self.before_copy()
@@ -79,13 +80,13 @@ class FakeDevice:
         with self.lock:
             self.copies += 1
             self.from_mapping += nbytes * is_mapped
-            self.waiting.add(self.copies)
+            self.waiting[self.copies] = source
             return self.copies
 
     def wait(self, copied: object) -> None:
         assert isinstance(copied, int)
         with self.lock:
-            self.waiting.remove(copied)  # each once
+            del self.waiting[copied]  # each once
 
     @property
     def is_clean(self) -> bool:
