@@ -47,6 +47,7 @@ class GemmShape:
     stage_panels: int
     cluster: int
     split: bool
+    has_whole: bool = False  # split: only what does not fill a round of whole tiles
 
     @property
     def threads(self) -> int:
@@ -89,7 +90,7 @@ class GemmShape:
             "STAGE_PANELS": self.stage_panels,
             "STAGES": self.stages,
             "CLUSTER": self.cluster,
-            "SPLIT": int(self.split),
+            "SPLIT": self.split + self.has_whole,
             "PLAN_SHARED_BYTES": self.shared_bytes,
             "PLAN_THREADS": self.threads,
         }
@@ -148,7 +149,7 @@ def whole_shape(layout: str, epilogue: int, rows: int, columns: int, num_tokens:
     """For many tokens: the tile that ends first, by a simple model, last round divided or not; of equals the largest."""
     panels = 2 if layout == "mxfp4" else 1
     shapes = [
-        GemmShape(layout, epilogue, tile, groups, panels, 1, split)
+        GemmShape(layout, epilogue, tile, groups, panels, 1, split, split and tile < num_tokens)
         for split, groups, tile in product((False, True), (2, 3, 1), reversed(TOKEN_TILES))
         if groups < 3 or (tile <= _MAX_TOKENS_OF_3_GROUPS and not split)
     ]
@@ -159,7 +160,7 @@ def _cycles(shape: GemmShape, rows: int, columns: int, num_tokens: int, num_sms:
     """Of the busiest cluster."""
     clusters = num_sms // shape.cluster
     rounds, left = shape.rounds(rows, num_tokens, num_sms)
-    if shape.split and shape.tile_tokens >= num_tokens:  # all tiles are divided
+    if shape.split and not shape.has_whole:  # all tiles are divided
         rounds, left = 0, rounds * clusters + left
     values = shape.row_groups * _GROUP_ROWS * shape.tile_tokens
     weights = shape.row_groups * _GROUP_ROWS * 64 * _STEP_BYTES[shape.layout] // (16 * _STEP_COLUMNS[shape.layout])

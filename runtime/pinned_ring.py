@@ -100,7 +100,7 @@ def load_ring(
 
 @contextlib.contextmanager
 def _pinned(copier: Copier, nbytes: int) -> Iterator[int]:
-    """Each thread has its own: pinning takes 0.3 ms a MiB, during which others read and copy."""
+    """Each thread has its own, which takes it some milliseconds, while others do the same, read and copy."""
     address = copier.allocate_pinned(nbytes)
     try:
         yield address

@@ -41,7 +41,7 @@ def segments(shape: GemmShape, rows: int, columns: int, num_tokens: int, cluster
 
     last = tiles
     if shape.split:
-        last = tiles - tiles % clusters if token_tiles > 1 else 0
+        last = tiles - tiles % clusters if shape.has_whole else 0
         position, stop = (range_begin((tiles - last) * stages, cluster + i, clusters) for i in (0, 1))
         while position < stop:
             begin = position % stages
@@ -79,6 +79,7 @@ def test_shapes_fit_and_are_used_well() -> None:
                 assert shape.tile_tokens in TOKEN_TILES
                 assert shape.stages >= 2
                 assert shape.shared_bytes <= SHARED_LIMIT_BYTES
+                assert shape.has_whole or not shape.split or shape.tile_tokens >= num_tokens
                 assert num_tokens > STREAMED_TOKENS or (shape.split and shape.tile_tokens >= num_tokens)
                 assert shape.partials_bytes(NUM_SMS) <= largest.partials_bytes(NUM_SMS)
                 assert shape.flags(NUM_SMS) <= largest.flags(NUM_SMS)

@@ -173,7 +173,7 @@ def test_last_round_divided(gpu: Any, groups: int, cluster: int, blocks: int) ->
     weights = matrix(rng, 1040, 1056, "BF16", "tile16x512")
     for tokens in (65, 700):
         x = rng.standard_normal((tokens, 1056)).astype(np.float32)
-        shape = GemmShape("tile16x512", 0, 64, groups, 1, cluster, True)
+        shape = GemmShape("tile16x512", 0, 64, groups, 1, cluster, True, has_whole=True)
         check_store_and_add(gpu, weights, x, shape, blocks=min(blocks, gpu.num_sms))
 
 

@@ -52,14 +52,14 @@ def test_the_benchmark_of_a_served_model(tmp_path: Path) -> None:
     ]
     for row in report["results"]:
         assert set(row) == KEYS
-        assert row["ms"] > 0
+        assert row["ms"] >= 0  # tokens that are read together are 0 apart
         assert row["tokens_per_s"] > 0
     serve = report["serve"]
     assert serve["greedy_stream_equals_whole"]
     assert serve["seeded"]["among_others"]["same_tokens"]
     assert serve["seeded"]["among_others"]["largest_logprob_difference"] < 1e-5
     assert serve["seeded"]["among_others"]["tokens_until_they_differ"] == 9
-    assert all(0 < one["itl"]["median_ms"] <= one["itl"]["p99_ms"] for one in serve["many"])
+    assert all(0 <= one["itl"]["median_ms"] <= one["itl"]["p99_ms"] for one in serve["many"])
     assert all(0 < one["ttft"]["median_ms"] <= one["ttft"]["p99_ms"] for one in serve["many"])
 
 

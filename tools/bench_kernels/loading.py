@@ -40,34 +40,20 @@ _REPEATS, _COLD_REPEATS, _HOST_REPEATS = 3, 3, 3
 _THREADS, _SLOTS, _STREAMS = (4, 8, 16), (_MIB // 2, _MIB, 2 * _MIB, 8 * _MIB), (1, 2)
 _HOST_BYTES = 2 << 30  # of the file
 _HOST_THREADS, _HOST_SLOTS = (1, 2, 4, 8, 16), (_MIB // 4, _MIB, 2 * _MIB, 8 * _MIB)
-_HUGE_PAGE_BYTES = 2 * _MIB
-_MADV_HUGEPAGE = 14
 _WRITE_COMBINED = 4  # CU_MEMHOSTALLOC_WRITECOMBINED
 
 
-class HugePageCopier(CudaCopier):
-    """Slots in memory that asks for huge pages, registered with the driver."""
-
-    def __init__(self, *streams: int) -> None:
-        super().__init__(*streams)
-        self._maps: dict[int, mmap.mmap] = {}
+class DriverCopier(CudaCopier):
+    """Slots that the driver allocates."""
 
     def allocate_pinned(self, nbytes: int) -> int:
-        memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES)
-        start = ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
-        address = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-        memory.madvise(_MADV_HUGEPAGE)
-        ctypes.memset(address, 1, nbytes)
-        self._call("cuMemHostRegister", address, nbytes, 0)
-        self._maps[address] = memory
-        return address
+        return int(self._call("cuMemHostAlloc", nbytes, 0))
 
     def free_pinned(self, address: int) -> None:
-        self._call("cuMemHostUnregister", address)
-        del self._maps[address]
+        self._call("cuMemFreeHost", address)
 
 
-class WriteCombinedCopier(CudaCopier):
+class WriteCombinedCopier(DriverCopier):
     """Slots that the processor's caches do not hold."""
 
     def allocate_pinned(self, nbytes: int) -> int:
@@ -128,7 +114,7 @@ def variants() -> Iterator[Variant]:
     for threads in (8, 16):
         for slot_bytes in (_MIB, 8 * _MIB):
             what = f"{threads} threads, slots of {slot_bytes // _MIB} MiB"
-            yield Variant(f"ring, {what}, huge pages", ring(threads, slot_bytes), copier=HugePageCopier)
+            yield Variant(f"ring, {what}, the driver's memory", ring(threads, slot_bytes), copier=DriverCopier)
             yield Variant(f"ring, {what}, write-combined", ring(threads, slot_bytes), copier=WriteCombinedCopier)
             yield Variant(f"ring, {what}, verified", replace(ring(threads, slot_bytes), verify=True))
     for threads in (1, 8):
