@@ -436,7 +436,7 @@ DEVICE void store_tile(const Sums& acc, const Matrix& m, const Output& out, int 
     float* y = static_cast<float*>(out.y) + static_cast<u64>(first_token + token) * out.pitch + row;
     const int step = TOKENS_APART * out.pitch;
 #if EPILOGUE == 1
-    constexpr int AHEAD = Y_SCALAR || ROW_GROUPS == 3 ? 1 : 2;  // chunks, as registers allow
+    constexpr int AHEAD = Y_SCALAR || ROW_GROUPS == 3 || SPLIT == 2 ? 1 : 2;  // chunks, as registers allow
     Piece before[AHEAD][THREAD_PIECES];                         // what y holds
     auto fetch = [&](int c) {
 #pragma unroll

@@ -52,8 +52,8 @@ def test_the_benchmark_of_a_served_model(tmp_path: Path) -> None:
     ]
     for row in report["results"]:
         assert set(row) == KEYS
-        assert row["ms"] >= 0  # tokens that are read together are 0 apart
-        assert row["tokens_per_s"] > 0
+        assert row["ms"] >= 0  # tokens that are read together are 0 apart; one stream that comes in one read has no rate
+        assert (row["batch"] == 1 and row["tokens_per_s"] is None) or row["tokens_per_s"] > 0
     serve = report["serve"]
     assert serve["greedy_stream_equals_whole"]
     assert serve["seeded"]["among_others"]["same_tokens"]
