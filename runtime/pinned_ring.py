@@ -40,7 +40,7 @@ class RingSize:
         return self.threads * SLOTS_PER_THREAD * self.slot_bytes
 
 
-CACHED_RING = RingSize(8, 4 << 20)  # for a file in the page cache
+CACHED_RING = RingSize(10, 4 << 20)  # for a file in the page cache
 STORAGE_RING = RingSize(16, 8 << 20)  # many large requests at once
 
 
