@@ -29,7 +29,7 @@ SLOTS_PER_THREAD = 2  # one is read while the other is copied
 @dataclass(frozen=True)
 class RingSize:
     """Threads and their slots. What the processor's last cache holds from the read to the copy spares a write to memory and a
-    read (docs/performance.md); each slot's turn costs some microseconds of the interpreter, which all threads share.
+    read (docs/performance.md); each slot's turn costs tens of microseconds of the driver, which all threads share.
     """
 
     threads: int
@@ -69,29 +69,30 @@ def load_ring(
     def work(_: int) -> None:
         copier.attach()
         busy: list[object | None] = [None] * SLOTS_PER_THREAD
+
+        def settle() -> None:
+            for copied in busy:
+                if copied is not None:
+                    copier.wait(copied)
+
         turn = 0
-        try:
-            with _pinned(copier, SLOTS_PER_THREAD * size.slot_bytes) as slots:
-                places = [slots + i * size.slot_bytes for i in range(SLOTS_PER_THREAD)]
-                views = [memoryview((ctypes.c_ubyte * size.slot_bytes).from_address(place)).cast("B") for place in places]
-                try:
-                    while (piece := _next(pending)) is not None:
-                        earlier = busy[turn]
-                        if earlier is not None:
-                            busy[turn] = None
-                            copier.wait(earlier)
-                        _read(packed, direct, piece, views[turn])
-                        _check_chunks(packed, piece, views[turn])
-                        busy[turn] = copier.copy(target + piece.offset - origin, places[turn], piece.nbytes)
-                        turn = (turn + 1) % SLOTS_PER_THREAD
-                        with lock:
-                            progress(piece.nbytes)
-                finally:
-                    for copied in busy:
-                        if copied is not None:
-                            copier.wait(copied)
-        finally:
-            pending.clear()  # the others stop too when this one failed
+        with contextlib.ExitStack() as ending:
+            ending.callback(pending.clear)  # the others stop too when this one failed
+            slots = ending.enter_context(_pinned(copier, SLOTS_PER_THREAD * size.slot_bytes))
+            ending.callback(settle)
+            places = [slots + i * size.slot_bytes for i in range(SLOTS_PER_THREAD)]
+            views = [memoryview((ctypes.c_ubyte * size.slot_bytes).from_address(place)).cast("B") for place in places]
+            while (piece := _next(pending)) is not None:
+                earlier = busy[turn]
+                if earlier is not None:
+                    busy[turn] = None
+                    copier.wait(earlier)
+                _read(packed, direct, piece, views[turn])
+                _check_chunks(packed, piece, views[turn])
+                busy[turn] = copier.copy(target + piece.offset - origin, places[turn], piece.nbytes)
+                turn = (turn + 1) % SLOTS_PER_THREAD
+                with lock:
+                    progress(piece.nbytes)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="ring") as pool:
         for future in [pool.submit(work, i) for i in range(threads)]:

@@ -10,7 +10,7 @@
 // ranges, one per cluster; the cluster with a tile's first stage owns it. The others have its stages at the start of their
 // ranges, so their sums are in `partials` before the owner asks for them. Every block must be resident at once.
 // SPLIT 2: first the tiles that are left when every cluster has the same number of whole ones, divided likewise; then the whole
-// ones. A build of its own: its additional code made the other one 0.9 us slower a launch.
+// ones. A build of its own: its code in the other one made decode steps 1 to 3 % slower (docs/performance.md).
 //
 // grid: (blocks, a multiple of CLUSTER, at most the number of SMs). block: THREADS. Dynamic shared memory: SHARED_BYTES.
 //

@@ -10,6 +10,7 @@ while it is converted) and removed again. Evicting a file from the page cache ne
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -22,7 +23,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from megalith.runtime.pinned_ring import RingSize, load_ring, slices
 
 _MIB = 1 << 20
 _REPEATS, _COLD_REPEATS, _HOST_REPEATS = 3, 3, 3
-_THREADS, _SLOTS, _STREAMS = (4, 8, 16), (_MIB // 2, _MIB, 2 * _MIB, 8 * _MIB), (1, 2)
+_THREADS, _SLOTS, _STREAMS = (4, 8, 10, 16), (_MIB, 2 * _MIB, 4 * _MIB, 8 * _MIB), (1, 2)
 _HOST_BYTES = 2 << 30  # of the file
 _HOST_THREADS, _HOST_SLOTS = (1, 2, 4, 8, 16), (_MIB // 4, _MIB, 2 * _MIB, 8 * _MIB)
 _WRITE_COMBINED = 4  # CU_MEMHOSTALLOC_WRITECOMBINED
@@ -67,7 +67,7 @@ class HostCopier:
         self._memory = mmap.mmap(-1, nbytes)
         self._address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._memory))
         ctypes.memset(self._address, 1, nbytes)
-        self._taken = count()
+        self._taken = itertools.count()
 
     def attach(self) -> None:
         """There is no device."""
