@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from megalith.format.errors import UnsupportedError
 
-from .gpu_buffers import MAX_SPLITS, PAGE_TOKENS, head_pitch
+from .gpu_buffers import MAX_SPLITS, PAGE_TOKENS, ROWS_TOKENS, head_pitch
 
 WGMMA_HEAD_DIMS = (64, 128)
 _PAGE_PANEL_BYTES = PAGE_TOKENS * 128
@@ -81,7 +81,7 @@ class PrefillAttention:
 
 
 SPLIT_WORKERS = (1, 2, 4, 8, 16, 32)
-MIN_SPLIT_TOKENS = 256
+MIN_SPLIT_TOKENS, MIN_SPLIT_TOKENS_OF_MANY = 256, 1024
 _SLICE_TOKENS = 16  # of a ring slot
 _RESERVED_BYTES = 1024  # of a multiprocessor's shared memory, for each block
 _BLOCKS_PER_SM = 32
@@ -89,7 +89,11 @@ _BLOCKS_PER_SM = 32
 
 @dataclass(frozen=True)
 class DecodeAttention:
-    """One build of `attention_decode.cu`: `group` query heads share a key-value head, each warp has a ring of its own."""
+    """One build of `attention_decode.cu`: `group` query heads share a key-value head, each warp has a ring of its own.
+
+    Contexts of up to `few` sequences are divided finely, so that all multiprocessors have work; those of more coarsely, as
+    a block that ends early leaves less time to read memory (docs/performance.md).
+    """
 
     head_dim: int
     group: int
@@ -97,6 +101,7 @@ class DecodeAttention:
     num_sms: int
     warps: int
     ring_slots: int
+    few: int
 
     @property
     def threads(self) -> int:
@@ -130,13 +135,17 @@ class DecodeAttention:
             "MAX_SPLITS": self.max_splits,
         }  # fmt: skip
 
+    def min_split_tokens(self, batch: int) -> int:
+        return MIN_SPLIT_TOKENS if batch <= self.few else MIN_SPLIT_TOKENS_OF_MANY
+
     def workers(self, longest: int, batch: int) -> int:
         """Blocks that share the context of a sequence: as many as the longest of a batch has splits, a power of two, but no
         more than keep the grid at 32 blocks a multiprocessor, as most are empty where one sequence is much longer than the
         others. Workers take several splits each; what a sequence gets does not depend on their number.
         """
         most = max(1, _BLOCKS_PER_SM * self.num_sms // (batch * self.blocks))
-        wanted = next(count for count in SPLIT_WORKERS if count * MIN_SPLIT_TOKENS >= longest or count == self.max_splits)
+        least = self.min_split_tokens(batch)
+        wanted = next(count for count in SPLIT_WORKERS if count * least >= longest or count == self.max_splits)
         return max(count for count in SPLIT_WORKERS if count <= min(wanted, most))
 
     def reachable_workers(self, max_seq_len: int, batch: int) -> list[int]:
@@ -145,7 +154,9 @@ class DecodeAttention:
         return [count for count in SPLIT_WORKERS if count <= most]
 
 
-def decode_attention(head_dim: int, group: int, num_kv_heads: int, shared_limit: int, num_sms: int) -> DecodeAttention:
+def decode_attention(
+    head_dim: int, group: int, num_kv_heads: int, shared_limit: int, num_sms: int, few: int = ROWS_TOKENS
+) -> DecodeAttention:
     """The build for a GPU whose multiprocessors have `shared_limit` bytes of shared memory; UnsupportedError where none fits.
 
     On sm_90 exactly one fits beside two products, and no two fit beside one (see `linear_shape`): shared memory and
@@ -154,7 +165,7 @@ def decode_attention(head_dim: int, group: int, num_kv_heads: int, shared_limit:
     """
     choices = ((4, 2), (2, 3), (2, 2)) if head_dim > 64 else ((8, 2), (4, 3))
     for warps, ring_slots in choices:
-        build = DecodeAttention(head_dim, group, num_kv_heads, num_sms, warps, ring_slots)
+        build = DecodeAttention(head_dim, group, num_kv_heads, num_sms, warps, ring_slots, few)
         if build.shared_bytes + build.static_bytes + _RESERVED_BYTES <= shared_limit:
             return build
     needed = build.shared_bytes + build.static_bytes + _RESERVED_BYTES

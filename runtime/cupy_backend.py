@@ -80,7 +80,7 @@ class WarmUp:
 class CupyBackend:
     """Executes a program over sequences whose keys and values lie in pages of the arena.
 
-    `batch_invariant`: what a sequence gets is the same to the bit whatever runs beside it, in passes of at most 256 tokens.
+    `batch_invariant`: what a sequence gets is the same to the bit whatever runs beside it.
     `warm`: what is otherwise made when it is first needed - kernels, graphs, their memory - is made now, for a server.
     """
 

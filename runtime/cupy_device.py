@@ -10,7 +10,6 @@ from megalith.format.index import Index
 from megalith.format.reader import PackedFile
 
 from .arena import FileSpan, plan_arena
-from .gemm_plan import SPLIT_TOKENS
 from .gpu_buffers import Limits
 from .gpu_program import can_use_wgmma
 
@@ -80,13 +79,7 @@ def planned_limits(
     max_prefill_tokens: int,
     batch_invariant: bool = False,
 ) -> Limits:
-    """What a backend of these sizes is planned for, its number of pages still open.
-
-    `batch_invariant`: RequestError where a pass could have more tokens than one order of sums is for.
-    """
-    if batch_invariant and max(max_sequences, max_prefill_tokens) > SPLIT_TOKENS:
-        what = f"{max_sequences} sequences, {max_prefill_tokens} prompt tokens"
-        raise RequestError(f"passes of {what}: batch invariance holds for at most {SPLIT_TOKENS} of each")
+    """What a backend of these sizes is planned for, its number of pages still open."""
     seq_len = min(max_seq_len, packed.index.rope_positions)
     uses_wgmma = can_use_wgmma(facts.arch, packed.index.config)
     prefill_tokens = min(max_prefill_tokens, max_sequences * seq_len)  # chunks of several prompts go into one pass

@@ -1,9 +1,7 @@
 """Builds and launch numbers of `gemm_wgmma.cu`, the matrix product for many tokens; the kernel asserts that they are its own.
 
-Two ways to divide a product. For few tokens it streams weights: every cluster of blocks gets an equal range of the matrix, and
-ranges that share a tile are added in order, so what a token gets depends on the matrix and the number of blocks, not on the
-other tokens. For more, a tile is one cluster's over all columns; where tiles do not fill the last round of the clusters, those
-of that round may be divided in the same way, which makes the order of additions depend on the number of tokens.
+A tile is one block's over all columns, so what a token gets depends on no other token. Only for few tokens, and matrices with
+too few tiles for all multiprocessors to read them, is the matrix divided evenly and the sums of what shares a tile added.
 """
 
 from __future__ import annotations
@@ -13,8 +11,7 @@ from functools import cache
 from itertools import product
 
 TOKEN_TILES = (16, 32, 64, 96, 128, 160, 192, 224, 256)
-SPLIT_TOKENS = 256  # that `split_shape` takes, for all of whose numbers a token gets the same
-STREAMED_TOKENS = 128  # that are its work where nobody asks for that
+SPLIT_TILES = (16, 32, 64)
 SHARED_LIMIT_BYTES = 227 << 10
 EPILOGUE_STORE, EPILOGUE_ADD, EPILOGUE_SWIGLU = 0, 1, 2
 
@@ -22,41 +19,43 @@ _STEP_COLUMNS = {"tile16x512": 32, "mxfp4": 128}
 _STEP_BYTES = {"tile16x512": 1024, "mxfp4": 1088}
 _GROUP_ROWS = 64
 _GROUP_THREADS = 128
-_MAX_STAGES = 8
-_MAX_TOKENS_OF_3_GROUPS = 128  # what their registers hold
+_MAX_STAGES = 32
+_MOST_TOKENS = {1: 256, 2: 256, 3: 160}  # of row groups, as registers allow
 _BAND_BYTES = 16 << 20  # of activations that stay in the L2 cache while the weights pass
+_PANEL_COLUMNS = 64
 
-# The cost of a tile in clock cycles, for choosing among tiles: wgmma of 64 x N x 64 takes 2N and some to start; what a
-# multiprocessor gets from the L2 cache; stores; the start and end of a tile.
-_START_CYCLES = 48
-_L2_BYTES_PER_CYCLE = 36
-_EPILOGUE_CYCLES_PER_VALUE = {EPILOGUE_STORE: 0.10, EPILOGUE_ADD: 0.15, EPILOGUE_SWIGLU: 0.12}
-_TILE_CYCLES = 1500
-_DIVIDED_COST = 1.1  # beside whole rounds: the other way leaves multiprocessors idle, and the rest a higher clock
-_EXCHANGE_CYCLES = 1500  # of one cluster's partial sums, left or added, beside their bytes
+# The cost of a tile in clock cycles, for choosing among tiles; fitted to every tile's times for 11 numbers of tokens and four
+# matrices of a model (docs/performance.md): wgmma of 64 x N x 64 takes 2N, a panel's bytes get into shared memory, and a
+# warpgroup does one panel after the other, however small.
+_COPY_BYTES_PER_CYCLE = 60
+_PANEL_CYCLES, _PANEL_CYCLES_PER_TOKEN, _PANEL_CYCLES_PER_GROUP = 240, 1.4, 150
+_EXCHANGE_CYCLES_PER_TOKEN, _MEMORY_BYTES_PER_CYCLE = 150, 1420  # of a divided product, by all multiprocessors
+_END_CYCLES_PER_VALUE = {EPILOGUE_STORE: 0.2, EPILOGUE_ADD: 0.1, EPILOGUE_SWIGLU: 0.3}
 
 
 @dataclass(frozen=True)
 class GemmShape:
-    """One build. A block's tile is `row_groups` * 64 rows by `tile_tokens` tokens, its stages `stage_panels` * 64 columns."""
+    """One build. A block's tile is `row_groups` * 64 rows by `tile_tokens` tokens, with `split` a part of its columns."""
 
     layout: str
     epilogue: int
     tile_tokens: int
     row_groups: int
-    stage_panels: int
-    cluster: int
-    split: bool
-    has_whole: bool = False  # split: only what does not fill a round of whole tiles
+    split: bool = False
 
     @property
     def threads(self) -> int:
         return _GROUP_THREADS * (self.row_groups + 1)
 
     @property
-    def cluster_rows(self) -> int:
-        """Rows of a cluster's tile."""
-        return self.cluster * self.row_groups * _GROUP_ROWS
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return self.row_groups * _GROUP_ROWS
+
+    @property
+    def stage_panels(self) -> int:
+        """Panels of 64 columns that are fetched together: at least one step of the layout."""
+        return max(1, _STEP_COLUMNS[self.layout] // _PANEL_COLUMNS)
 
     @property
     def slot_bytes(self) -> int:
@@ -67,8 +66,7 @@ class GemmShape:
 
     @property
     def _staging_bytes(self) -> int:
-        pitch = 20 if self.epilogue == EPILOGUE_SWIGLU else 68
-        return self.row_groups * 2 * min(32, self.tile_tokens) * pitch * 4
+        return self.row_groups * (64 * self.tile_tokens if self.epilogue == EPILOGUE_SWIGLU else 4 * 2 * 8 * 80)
 
     @property
     def stages(self) -> int:
@@ -89,23 +87,18 @@ class GemmShape:
             "ROW_GROUPS": self.row_groups,
             "STAGE_PANELS": self.stage_panels,
             "STAGES": self.stages,
-            "CLUSTER": self.cluster,
-            "SPLIT": self.split + self.has_whole,
+            "SPLIT": int(self.split),
             "PLAN_SHARED_BYTES": self.shared_bytes,
             "PLAN_THREADS": self.threads,
         }
 
-    def blocks(self, num_sms: int) -> int:
-        """Grid size: whole clusters, all resident at once."""
-        return num_sms // self.cluster * self.cluster
-
     def partials_bytes(self, num_sms: int) -> int:
-        """Workspace for the sums of tiles that clusters share."""
-        return self.blocks(num_sms) * self.row_groups * _GROUP_ROWS * self.tile_tokens * 4 if self.split else 0
+        """Workspace for the sums of tiles that blocks share."""
+        return num_sms * self.rows * self.tile_tokens * 4 if self.split else 0
 
     def flags(self, num_sms: int) -> int:
         """Number of uint32 flags, zero before the first launch."""
-        return self.blocks(num_sms) * self.row_groups if self.split else 0
+        return num_sms * self.row_groups if self.split else 0
 
     def token_band(self, columns: int, num_tokens: int) -> int:
         """Token tiles that are gone through together, so that their activations stay in the L2 cache."""
@@ -113,67 +106,38 @@ class GemmShape:
         most = max(1, _BAND_BYTES // (2 * columns * self.tile_tokens))
         return -(-tiles // -(-tiles // most))
 
-    def rounds(self, rows: int, num_tokens: int, num_sms: int) -> tuple[int, int]:
-        """Whole tiles of each cluster, and tiles that are left, which some have or, with split, all divide."""
-        tiles = -(-rows // self.cluster_rows) * -(-num_tokens // self.tile_tokens)
-        return divmod(tiles, num_sms // self.cluster)
+    def rounds(self, rows: int, num_tokens: int, num_sms: int) -> int:
+        """Tiles of the block that has most."""
+        return -(-(-(-rows // self.rows) * -(-num_tokens // self.tile_tokens)) // num_sms)
 
 
 @cache
 def gemm_shape(
     layout: str, epilogue: int, rows: int, columns: int, num_tokens: int, num_sms: int, invariant: bool = False
 ) -> GemmShape:
-    """The build for a product of `rows` x `columns` stored weights with `num_tokens` tokens.
+    """The build for a product of `rows` x `columns` stored weights with `num_tokens` tokens: the one that ends first.
 
-    `invariant`: what a token gets does not depend on their number; at most SPLIT_TOKENS.
+    `invariant`: what a token gets does not depend on their number.
     """
-    if num_tokens <= STREAMED_TOKENS or invariant:
-        return split_shape(layout, epilogue, rows, num_tokens, num_sms)
-    return whole_shape(layout, epilogue, rows, columns, num_tokens, num_sms)
-
-
-def split_shape(layout: str, epilogue: int, rows: int, num_tokens: int, num_sms: int) -> GemmShape:
-    """For few tokens. All but `tile_tokens`, and with it the order of additions, is the same for any number of tokens.
-
-    Two warpgroups a block halve what is read of the activations, one leaves half the partial sums to add: the latter for
-    matrices whose tiles are shared by several clusters.
-    """
-    if not 1 <= num_tokens <= SPLIT_TOKENS:
-        raise ValueError(f"{num_tokens} tokens: a split product takes 1 to {SPLIT_TOKENS}")
-    tile_tokens = next(tile for tile in TOKEN_TILES if tile >= num_tokens)
-    groups = 2 if 2 * rows >= num_sms * 2 * _GROUP_ROWS else 1
-    return GemmShape(layout, epilogue, tile_tokens, groups, stage_panels=2, cluster=1, split=True)
-
-
-def whole_shape(layout: str, epilogue: int, rows: int, columns: int, num_tokens: int, num_sms: int) -> GemmShape:
-    """For many tokens: the tile that ends first, by a simple model, last round divided or not; of equals the largest."""
-    panels = 2 if layout == "mxfp4" else 1
     shapes = [
-        GemmShape(layout, epilogue, tile, groups, panels, 1, split, split and tile < num_tokens)
-        for split, groups, tile in product((False, True), (2, 3, 1), reversed(TOKEN_TILES))
-        if groups < 3 or (tile <= _MAX_TOKENS_OF_3_GROUPS and not split)
+        GemmShape(layout, epilogue, tile, groups)
+        for groups, tile in product((2, 3, 1), reversed(TOKEN_TILES))
+        if tile <= _MOST_TOKENS[groups] and (tile >= 64 or tile >= num_tokens)  # several narrow ones take longer
     ]
+    if not invariant:
+        shapes += [GemmShape(layout, epilogue, tile, 1, split=True) for tile in SPLIT_TILES if tile >= num_tokens]
     return min(shapes, key=lambda shape: _cycles(shape, rows, columns, num_tokens, num_sms))
 
 
 def _cycles(shape: GemmShape, rows: int, columns: int, num_tokens: int, num_sms: int) -> float:
-    """Of the busiest cluster."""
-    clusters = num_sms // shape.cluster
-    rounds, left = shape.rounds(rows, num_tokens, num_sms)
-    if shape.split and not shape.has_whole:  # all tiles are divided
-        rounds, left = 0, rounds * clusters + left
-    values = shape.row_groups * _GROUP_ROWS * shape.tile_tokens
-    weights = shape.row_groups * _GROUP_ROWS * 64 * _STEP_BYTES[shape.layout] // (16 * _STEP_COLUMNS[shape.layout])
-    fetch = (weights + shape.tile_tokens * 128 / shape.cluster) / _L2_BYTES_PER_CYCLE
-    multiply = shape.row_groups * (2 * shape.tile_tokens + _START_CYCLES)
-    stages, stage = -(-columns // 64), max(fetch, multiply)
-    ends = _EPILOGUE_CYCLES_PER_VALUE[shape.epilogue] * values + _TILE_CYCLES
-    tile = stages * stage + ends
-    if not left:
-        return rounds * tile
-    if not shape.split:
-        return (rounds + 1) * tile
-    partials = -(-clusters // left) + (left > clusters)  # that a cluster leaves and adds
-    exchange = partials * (_EXCHANGE_CYCLES + 4 * values / _L2_BYTES_PER_CYCLE)
-    divided = -(-left * stages // clusters) * stage + -(-left // clusters) * ends + exchange
-    return _DIVIDED_COST * (rounds * tile + divided) if rounds else divided
+    """Of the block that has most to do, by a simple model."""
+    groups, tokens = shape.row_groups, shape.tile_tokens
+    row_bytes = _PANEL_COLUMNS * _STEP_BYTES[shape.layout] // (16 * _STEP_COLUMNS[shape.layout])  # of a panel
+    panels = -(-columns // _PANEL_COLUMNS)
+    if shape.split:
+        return panels * rows * row_bytes / _MEMORY_BYTES_PER_CYCLE + _EXCHANGE_CYCLES_PER_TOKEN * tokens
+    multiply = groups * 2 * tokens
+    fetch = (tokens * 2 * _PANEL_COLUMNS + shape.rows * row_bytes) / _COPY_BYTES_PER_CYCLE
+    steps = _PANEL_CYCLES + _PANEL_CYCLES_PER_TOKEN * tokens + _PANEL_CYCLES_PER_GROUP * groups
+    end = _END_CYCLES_PER_VALUE[shape.epilogue] * shape.rows * tokens
+    return shape.rounds(rows, num_tokens, num_sms) * (panels * max(multiply, fetch, steps) + end)

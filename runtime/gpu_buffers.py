@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megalith.format.model import ModelConfig, layer_specs
 from megalith.format.tiles import padded
 
-from .gemm_plan import SPLIT_TOKENS, GemmShape
+from .gemm_plan import SPLIT_TILES, GemmShape
 from .linear_plan import linear_shape
 from .sampling_state import row_pitch, state_bytes
 
@@ -101,11 +101,7 @@ def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
         ("logits", 4 * batch * vocab_pitch, f"{batch} sequences x {vocab_pitch} x 4"),
         ("linear_partials", linear.partials_bytes(limits.num_sms, rows_tokens), "two blocks may share a row block"),
         ("linear_flags", 4 * limits.num_sms * -(-rows_tokens // linear.tokens), "4 a block"),
-        *(
-            [("gemm_partials", *_gemm_partials(limits)), ("gemm_flags", 4 * 2 * limits.num_sms, "4 a warpgroup")]
-            if limits.has_wgmma
-            else []
-        ),
+        *(_gemm_workspace(limits) if limits.has_wgmma else []),
         ("attention_sums", 4 * blocks * MAX_SPLITS * rows * columns, f"{blocks} heads x {MAX_SPLITS} x {rows} x {columns} x 4"),
         ("attention_stats", 8 * blocks * MAX_SPLITS * rows, f"{blocks} heads x {MAX_SPLITS} x {rows} x 8"),
         ("attention_arrived", 4 * blocks, f"{blocks} heads x 4"),
@@ -120,9 +116,12 @@ def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
     return [Buffer(*entry) for entry in sizes]
 
 
-def _gemm_partials(limits: Limits) -> tuple[int, str]:
-    largest = GemmShape("tile16x512", 0, SPLIT_TOKENS, row_groups=2, stage_panels=2, cluster=1, split=True)
-    return largest.partials_bytes(limits.num_sms), "clusters may share a tile"
+def _gemm_workspace(limits: Limits) -> list[tuple[str, int, str]]:
+    largest = GemmShape("tile16x512", 0, max(SPLIT_TILES), 1, split=True)
+    return [
+        ("gemm_partials", largest.partials_bytes(limits.num_sms), "blocks may share a tile"),
+        ("gemm_flags", 4 * largest.flags(limits.num_sms), "4 a warpgroup"),
+    ]
 
 
 def max_items(config: ModelConfig, limits: Limits) -> int:

@@ -18,7 +18,7 @@ from megalith.format.tiles import padded
 from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention, decode_attention
 from .compile import Build
 from .gemm_plan import gemm_shape
-from .gpu_buffers import COLUMN_UNIT, RING_STEPS, Limits, page_bytes, qkv_rows
+from .gpu_buffers import COLUMN_UNIT, RING_STEPS, ROWS_TOKENS, Limits, page_bytes, qkv_rows
 from .launch import Argument, Dim3, Launch
 from .linear_plan import THREADS, linear_shape
 from .program import Kind, Operation, build_program
@@ -113,8 +113,9 @@ class GpuProgram:
         has_wgmma = arch == "sm_90a" and self.config.head_dim in WGMMA_HEAD_DIMS
         self.prefill_attention = PrefillAttention(self.config.head_dim, has_wgmma)
         num_kv_heads = self.config.num_key_value_heads
+        few = limits.max_sequences if limits.batch_invariant else ROWS_TOKENS
         self.decode_attention = decode_attention(
-            self.config.head_dim, self.group, num_kv_heads, limits.shared_limit, limits.num_sms
+            self.config.head_dim, self.group, num_kv_heads, limits.shared_limit, limits.num_sms, few
         )
         self.logits_pitch = row_pitch(self.config.vocab_size)
         layers = groupby((op for op in self._program if op.layer >= 0), key=lambda op: op.layer)
@@ -319,9 +320,9 @@ class GpuProgram:
             self._blob(op.weight), i32(blob.rows // 16), i32(blob.columns // step_columns), x[0], i32(x[1]), i32(count),
             address,
             i32(pitch), i32(columns), self._blob(op.bias) if op.bias >= 0 else 0, f32(self.config.swiglu_limit or 0.0),
-            self._places["gemm_partials"], self._places["gemm_flags"], i32(shape.token_band(blob.columns, count)),
+            i32(shape.token_band(blob.columns, count)), self._places["gemm_partials"], self._places["gemm_flags"],
         )  # fmt: skip
-        grid = (shape.blocks(num_sms), 1, 1)
+        grid = (num_sms, 1, 1)
         threads = (shape.threads, 1, 1)
         return self._launch("gemm_wgmma", "gemm_wgmma", defines, grid, threads, args, shape.shared_bytes, operation=op)
 
@@ -375,7 +376,7 @@ class GpuProgram:
             step.positions, step.slots, self._places["block_table"], i32(self._limits.pages_per_sequence),
             self._cache(op.layer), i32(op.window), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
             self._places["attention_sums"], self._places["attention_stats"], i32(build.max_splits),
-            self._places["attention_arrived"],
+            i32(build.min_split_tokens(batch)), self._places["attention_arrived"],
         )  # fmt: skip
         grid, threads = (workers, build.blocks, batch), (build.threads, 1, 1)
         return self._launch(

@@ -44,26 +44,23 @@ def _gemm(arch: str) -> Iterator[Build]:
         return
     tiles, mxfp4 = "tile16x512", "mxfp4"
     for shape in (
-        GemmShape(tiles, 0, 256, 2, 1, 2, False),
-        GemmShape(tiles, 1, 256, 2, 1, 2, False),
-        GemmShape(tiles, 2, 256, 2, 1, 2, False),
-        GemmShape(tiles, 1, 128, 3, 1, 2, False),
-        GemmShape(tiles, 1, 192, 1, 1, 1, False),
-        GemmShape(tiles, 0, 256, 2, 2, 2, True),
-        GemmShape(tiles, 2, 256, 2, 2, 2, True),
-        GemmShape(tiles, 1, 256, 1, 2, 2, True),
-        GemmShape(tiles, 2, 16, 2, 2, 2, True),
-        GemmShape(tiles, 1, 256, 2, 1, 1, True, True),
-        GemmShape(tiles, 2, 256, 2, 1, 1, True, True),
-        GemmShape(mxfp4, 1, 256, 2, 2, 2, False),
-        GemmShape(mxfp4, 1, 128, 3, 2, 2, False),
-        GemmShape(mxfp4, 1, 256, 1, 2, 2, True),
-        GemmShape(mxfp4, 2, 256, 2, 2, 2, True),
+        GemmShape(tiles, 0, 256, 2),
+        GemmShape(tiles, 1, 256, 2),
+        GemmShape(tiles, 2, 256, 2),
+        GemmShape(tiles, 1, 160, 3),
+        GemmShape(tiles, 2, 160, 3),
+        GemmShape(tiles, 1, 256, 1),
+        GemmShape(tiles, 0, 64, 1),
+        GemmShape(mxfp4, 1, 256, 2),
+        GemmShape(mxfp4, 2, 160, 3),
+        GemmShape(tiles, 1, 16, 1, split=True),
+        GemmShape(mxfp4, 1, 64, 1),
+        GemmShape(mxfp4, 2, 32, 1, split=True),
     ):
         yield Build.of("gemm_wgmma", arch, **shape.defines(), ELEMENT_BF16=1, Y_LANE_COLUMNS=8, BIAS_F32=0, Y_SCALAR=0)
-    small = GemmShape(tiles, 1, 32, 1, 2, 2, True)
+    small = GemmShape(tiles, 1, 64, 1, split=True)
     yield Build.of("gemm_wgmma", arch, **small.defines(), ELEMENT_F16=1, Y_LANE_COLUMNS=8, BIAS_F32=1, Y_SCALAR=1)
-    gates = GemmShape(mxfp4, 2, 96, 2, 2, 2, False)
+    gates = GemmShape(mxfp4, 2, 96, 2)
     yield Build.of("gemm_wgmma", arch, **gates.defines(), ELEMENT_BF16=1, Y_LANE_COLUMNS=32, BIAS_F32=1, Y_SCALAR=0)
 
 

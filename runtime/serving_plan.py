@@ -16,7 +16,6 @@ from .weights import default_cache_bytes
 DEFAULT_SEQUENCES = 64
 DEFAULT_BATCH_TOKENS = 512
 DEFAULT_GPU_BATCH_TOKENS = 2048
-DEFAULT_INVARIANT_BATCH_TOKENS = 256
 DEFAULT_PASS_SECONDS = 600.0  # NumPy may take minutes for a large model's prompts
 DEFAULT_GPU_PASS_SECONDS = 60.0  # far more than any pass: kernels are made before
 _CACHE_SHARE = 0.5  # of the memory that is left beside the weights
@@ -110,8 +109,7 @@ def serving_plan(
         raise RequestError(f"max_seq_len {max_seq_len}: the file is for 1 to {limit} positions")
     backend = _resolved(backend)
     if max_batch_tokens is None:
-        on_gpu = DEFAULT_INVARIANT_BATCH_TOKENS if batch_invariant else DEFAULT_GPU_BATCH_TOKENS
-        max_batch_tokens = on_gpu if backend == "cupy" else DEFAULT_BATCH_TOKENS
+        max_batch_tokens = DEFAULT_GPU_BATCH_TOKENS if backend == "cupy" else DEFAULT_BATCH_TOKENS
     if pass_timeout is None:
         pass_timeout = DEFAULT_GPU_PASS_SECONDS if backend == "cupy" else DEFAULT_PASS_SECONDS
     if max_batch_tokens <= max_sequences:

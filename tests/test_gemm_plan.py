@@ -10,12 +10,10 @@ from kernel_inputs import Matrix, as_bits, matrix, tiled_activation, widen_bits
 
 from megalith.runtime.gemm_plan import (
     SHARED_LIMIT_BYTES,
-    SPLIT_TOKENS,
-    STREAMED_TOKENS,
+    SPLIT_TILES,
     TOKEN_TILES,
     GemmShape,
     gemm_shape,
-    split_shape,
 )
 
 NUM_SMS = 132
@@ -23,55 +21,52 @@ MATRICES = [(19456, 2560, 2), (6144, 2560, 0), (2560, 9728, 1), (2560, 4096, 1),
 TOKENS = [1, 16, 17, 64, 65, 130, 256, 257, 300, 512, 2048, 8192, 16384]
 
 
-def range_begin(total: int, cluster: int, clusters: int) -> int:
-    return cluster * (total // clusters) + min(cluster, total % clusters)
+def range_begin(total: int, block: int) -> int:
+    return block * (total // NUM_SMS) + min(block, total % NUM_SMS)
 
 
-def segments(shape: GemmShape, rows: int, columns: int, num_tokens: int, cluster: int, clusters: int) -> list[tuple[int, ...]]:
-    """(row tile, first token, begin, end) of one cluster, as `Schedule::next` goes through them."""
+def tiles(shape: GemmShape, rows: int, columns: int, num_tokens: int, block: int) -> list[tuple[int, int, int, int]]:
+    """(row tile, first token, first stage, end) of one block, as `Schedule::pop` goes through them."""
+    row_tiles, token_tiles = -(-rows // shape.rows), -(-num_tokens // shape.tile_tokens)
     stages = -(-columns // (64 * shape.stage_panels))
-    row_tiles, token_tiles = -(-rows // shape.cluster_rows), -(-num_tokens // shape.tile_tokens)
-    found: list[tuple[int, ...]] = []
-    token_band, tiles = shape.token_band(columns, num_tokens), row_tiles * token_tiles
-
-    def locate(number: int) -> tuple[int, int]:
-        band, place = divmod(number, token_band * row_tiles)
-        width = min(token_band, token_tiles - band * token_band)
-        return place // width, (band * token_band + place % width) * shape.tile_tokens
-
-    last = tiles
+    found = []
     if shape.split:
-        last = tiles - tiles % clusters if shape.has_whole else 0
-        position, stop = (range_begin((tiles - last) * stages, cluster + i, clusters) for i in (0, 1))
+        position, stop = (range_begin(row_tiles * stages, block + i) for i in (0, 1))
         while position < stop:
             begin = position % stages
             end = min(stages, begin + stop - position)
-            found.append((*locate(last + position // stages), begin, end))
+            found.append((position // stages, 0, begin, end))
             position += end - begin
-    return found + [(*locate(number), 0, stages) for number in range(cluster, last, clusters)]
+        return found
+    token_band = shape.token_band(columns, num_tokens)
+    for number in range(block, row_tiles * token_tiles, NUM_SMS):
+        band, place = divmod(number, token_band * row_tiles)
+        width = min(token_band, token_tiles - band * token_band)
+        found.append((place // width, (band * token_band + place % width) * shape.tile_tokens, 0, stages))
+    return found
 
 
 @pytest.mark.parametrize(("rows", "columns", "epilogue"), MATRICES)
 @pytest.mark.parametrize("layout", ["tile16x512", "mxfp4"])
-def test_every_stage_of_every_tile_belongs_to_one_cluster(rows: int, columns: int, epilogue: int, layout: str) -> None:
+def test_every_stage_of_every_tile_belongs_to_one_block(rows: int, columns: int, epilogue: int, layout: str) -> None:
     for num_tokens in TOKENS:
-        shape = gemm_shape(layout, epilogue, rows, columns, num_tokens, NUM_SMS)
-        clusters = shape.blocks(NUM_SMS) // shape.cluster
-        found = [s for c in range(clusters) for s in segments(shape, rows, columns, num_tokens, c, clusters)]
-        stages = -(-columns // (64 * shape.stage_panels))
-        by_tile: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for row_tile, token, begin, end in found:
-            by_tile.setdefault((row_tile, token), []).append((begin, end))
-        row_tiles = range(-(-rows // shape.cluster_rows))
-        assert sorted(by_tile) == [(r, t) for r in row_tiles for t in range(0, num_tokens, shape.tile_tokens)]
-        for ranges in by_tile.values():  # in the order of the clusters: the first has the tile's start
-            assert ranges[0][0] == 0
-            assert ranges[-1][1] == stages
-            assert all(a[1] == b[0] for a, b in pairwise(ranges))
+        shapes = [gemm_shape(layout, epilogue, rows, columns, num_tokens, NUM_SMS)]
+        shapes += [GemmShape(layout, epilogue, tile, 1, split=True) for tile in SPLIT_TILES if tile >= num_tokens]
+        for shape in shapes:
+            by_tile: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            for block in range(NUM_SMS):
+                for row_tile, token, begin, end in tiles(shape, rows, columns, num_tokens, block):
+                    by_tile.setdefault((row_tile, token), []).append((begin, end))
+            row_tiles = range(-(-rows // shape.rows))
+            assert sorted(by_tile) == [(r, t) for r in row_tiles for t in range(0, num_tokens, shape.tile_tokens)]
+            for ranges in by_tile.values():  # in the order of the blocks: the first has the tile's start
+                assert ranges[0][0] == 0
+                assert ranges[-1][1] == -(-columns // (64 * shape.stage_panels))
+                assert all(a[1] == b[0] for a, b in pairwise(ranges))
+                assert shape.split or len(ranges) == 1
 
 
 def test_shapes_fit_and_are_used_well() -> None:
-    largest = GemmShape("tile16x512", 0, SPLIT_TOKENS, row_groups=2, stage_panels=2, cluster=1, split=True)  # planned for
     for rows, columns, epilogue in MATRICES:
         for num_tokens in TOKENS:
             for layout in ("tile16x512", "mxfp4"):
@@ -79,28 +74,13 @@ def test_shapes_fit_and_are_used_well() -> None:
                 assert shape.tile_tokens in TOKEN_TILES
                 assert shape.stages >= 2
                 assert shape.shared_bytes <= SHARED_LIMIT_BYTES
-                assert shape.has_whole or not shape.split or shape.tile_tokens >= num_tokens
-                assert num_tokens > STREAMED_TOKENS or (shape.split and shape.tile_tokens >= num_tokens)
-                assert shape.partials_bytes(NUM_SMS) <= largest.partials_bytes(NUM_SMS)
-                assert shape.flags(NUM_SMS) <= largest.flags(NUM_SMS)
-    for num_tokens in (130, 256):
-        invariant = gemm_shape("tile16x512", 1, 2560, 9728, num_tokens, NUM_SMS, invariant=True)
-        assert invariant == split_shape("tile16x512", 1, 2560, num_tokens, NUM_SMS)
-    few_tiles = gemm_shape("tile16x512", 1, 2560, 9728, 512, NUM_SMS)
-    assert few_tiles.split
-    assert few_tiles.tile_tokens < 512
+                assert not shape.split or shape.tile_tokens >= num_tokens
+                assert not gemm_shape(layout, epilogue, rows, columns, num_tokens, NUM_SMS, invariant=True).split
+    assert gemm_shape("tile16x512", 1, 2560, 9728, 32, NUM_SMS).split
+    few_tiles = gemm_shape("tile16x512", 1, 2560, 9728, 128, NUM_SMS)
+    assert (few_tiles.row_groups, few_tiles.tile_tokens) == (1, 64)
     large = gemm_shape("tile16x512", 0, 6144, 2560, 8192, NUM_SMS)
-    assert (large.row_groups, large.tile_tokens, large.cluster) == (2, 256, 1)
-
-
-@pytest.mark.parametrize(("rows", "columns", "epilogue"), MATRICES)
-def test_ranges_do_not_depend_on_the_number_of_tokens(rows: int, columns: int, epilogue: int) -> None:
-    shapes = [split_shape("tile16x512", epilogue, rows, n, NUM_SMS) for n in range(1, SPLIT_TOKENS + 1)]
-    assert len({(s.row_groups, s.stage_panels, s.cluster) for s in shapes}) == 1
-    divided = [segments(s, rows, columns, s.tile_tokens, 5, 66) for s in shapes]
-    assert all(one == divided[0] for one in divided)
-    with pytest.raises(ValueError, match="257 tokens"):
-        split_shape("tile16x512", 0, 16, 257, NUM_SMS)
+    assert (large.row_groups, large.tile_tokens) == (2, 256)
 
 
 def warpgroup_product(weights: Matrix, tiled: np.ndarray, tile_tokens: int) -> np.ndarray:

@@ -57,7 +57,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 @click.option(
     "--prefill-chunk",
     type=click.IntRange(1),
-    default=192,
+    default=256,
     show_default=True,
     help="Prompt tokens of a pass in which sequences decode, or 6 for each that runs or waits if that is more: fewer make "
     "tokens come more evenly, more make a full queue shorter.",
@@ -91,7 +91,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 @click.option(
     "--batch-invariant", is_flag=True,
     help="On a GPU: what a request gets is the same to the bit alone and in any batch, unless it is interrupted for lack of "
-    "memory. Takes one kernel for every batch, and prompts at most 256 tokens a pass, so it is slower.",
+    "memory. Takes one kernel for every batch, so it is slower.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print memory plan and limits, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")

@@ -4,7 +4,7 @@
 // grid: (any number of split workers, num_kv_heads * ROW_BLOCKS, batch bucket). block: 32 * WARPS.
 // Dynamic shared memory: RING_BYTES of this build.
 // A sequence's visible positions, from the page of the first on, are cut into at most MAX_SPLITS splits whose length
-// depends on their number alone; worker x takes splits x, x + gridDim.x, ... A block has the (at most 16) query heads of a
+// depends on their number and min_split_tokens; worker x takes splits x, x + gridDim.x, ... A block has the (at most 16) query heads of a
 // kv head as the rows of mma.m16n8k16; more than 16 take ROW_BLOCKS blocks. A warp takes every WARPS-th slice of 16 tokens of
 // a split, through a ring of its own, with a softmax of its own; the warps' sums are merged in warp order, the splits' by
 // the last block to arrive, in split order.
@@ -21,11 +21,11 @@
 // out          E, the activation layout (ACTIVATION_TILED, ACTIVATION_LANE_COLUMNS) of a product with Q inputs; row = batch
 //              index, column = head * HEAD_DIM + i; columns from Q on are zeroed. out_pitch: see activation_offset
 // partials     float [batch][gridDim.y][max_splits][ROWS][COLUMNS], partial_stats float2 [batch][gridDim.y][max_splits][ROWS]
-// max_splits   splits of the longest sequence that may come, at most MAX_SPLITS
+// max_splits   splits of the longest sequence that may come, at most MAX_SPLITS; min_split_tokens: whole pages
 // arrived      u32 [batch][gridDim.y], zero before and after
 //
 // Numerics: q, k, v are rounded to E, scores and sums are FP32, probabilities are rounded to E for the product with V and
-// summed as rounded. The order of all sums depends on the sequence and the build alone.
+// summed as rounded. The order of all sums depends on the sequence, min_split_tokens and the build.
 //
 // With EARLY_READS, positions, slots, the block table and the cache are read before the previous kernel is complete. That
 // is right if whatever wrote them was complete before this step's first kernel called launch_dependents (that kernel waits
@@ -43,9 +43,6 @@ constexpr int QUERY_GROUP = GROUP;  // query heads of a kv head; the included fi
 #endif
 #ifndef MAX_SPLITS
 #define MAX_SPLITS 32
-#endif
-#ifndef MIN_SPLIT_TOKENS
-#define MIN_SPLIT_TOKENS 256
 #endif
 #ifndef ACTIVATION_LANE_COLUMNS
 #define ACTIVATION_LANE_COLUMNS 8
@@ -65,7 +62,7 @@ constexpr int WARP_RING_BYTES = RING_SLOTS * SLOT_BYTES;
 constexpr int RING_BYTES = WARPS * WARP_RING_BYTES;
 constexpr int SUM_PITCH = PADDED_DIM + 8;          // floats; rows g = 0..3 of a warp's stores are in different banks
 constexpr float LOG2_E = 1.4426950408889634f;
-static_assert(MIN_SPLIT_TOKENS % PAGE == 0 && PAGE % SLICE == 0, "splits are whole pages, pages whole slices");
+static_assert(PAGE % SLICE == 0, "splits are whole pages, pages whole slices");
 static_assert(MAX_SPLITS >= 1 && MAX_SPLITS <= 32, "a warp combines with one split a lane");
 static_assert(ROWS * SUM_PITCH * 4 <= WARP_RING_BYTES, "a warp's sums fit its ring");
 static_assert(RING_BYTES <= 227 << 10, "what a block can have");
@@ -86,10 +83,10 @@ DEVICE float minus_infinity() { return __int_as_float(0xff800000); }
 struct Sequence {
     int position, first, split_tokens, num_splits;
 
-    MEMBER Sequence(int position, int window)
+    MEMBER Sequence(int position, int window, int min_split_tokens)
         : position(position), first(window > 0 ? max(0, position - window + 1) : 0) {
         const int tokens = position + 1 - origin(), pages = (tokens + PAGE * MAX_SPLITS - 1) / (PAGE * MAX_SPLITS);
-        split_tokens = max(MIN_SPLIT_TOKENS, pages * PAGE);
+        split_tokens = max(min_split_tokens, pages * PAGE);
         num_splits = (tokens + split_tokens - 1) / split_tokens;
     }
     MEMBER int origin() const { return first / PAGE * PAGE; }
@@ -482,7 +479,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS)
 attention_decode(const float* qkv, int qkv_rows, const NormWeight* q_norm, const NormWeight* k_norm, float eps, float clip,
                  const float2* rope, const int* positions, const int* slots, const int* block_table, int max_pages,
                  Element* cache, int window, const Sink* sinks, Element* out, int out_pitch, float* partial_sums,
-                 float2* partial_stats, int max_splits, u32* arrived) {
+                 float2* partial_stats, int max_splits, int min_split_tokens, u32* arrived) {
     extern __shared__ __align__(128) u8 rings[];  // [WARPS][RING_SLOTS][SLOT_BYTES]
     __shared__ __align__(128) u8 q_tile[PANELS * PANEL_BYTES];
     __shared__ __align__(16) Element new_token[2 * PADDED_DIM];
@@ -500,7 +497,7 @@ attention_decode(const float* qkv, int qkv_rows, const NormWeight* q_norm, const
     wait_for_previous();
 #endif
     const int position = __ldcg(positions + blockIdx.z);
-    const Sequence sequence(position, window);
+    const Sequence sequence(position, window, min_split_tokens);
     const bool is_empty = position < 0;
     if (is_empty || static_cast<int>(blockIdx.x) >= sequence.num_splits) {
         wait_for_previous();

@@ -8,7 +8,8 @@
 // Producer: warp 0 brings K and V panels by bulk copies into two rings, warps 1 to 3 the queries, swizzled, two sets of them.
 // Consumers: the scores of a tile are computed while the softmax of the one before is finished and its weights meet V:
 //   issue S' = Q K'^T; issue O += P V; wait for S'; softmax(S'); wait for O; correct O; P = S'
-// and take turns in issuing, so that the tensor cores work for one while another is in its softmax.
+// and take turns in issuing, so that the tensor cores work for one while another is in its softmax. Where a work has too few
+// rows for all of them, such as the one token of a sequence that decodes, the rest let its tiles and their turns pass.
 //
 // Shared memory, every operand of wgmma at a multiple of 1024 bytes (ptx.cuh, swizzled_descriptor):
 //   q  [2][PANELS][ROWS][64]  A of S, K-major: 8 rows 1024 bytes apart, 16 columns 32 bytes, 64 columns QUERY_PANEL_BYTES
@@ -77,6 +78,9 @@ struct Work {
     MEMBER Tile tile(int number) const { return tile_of(number, items, sequences, num_kv_heads, group, window, ROWS); }
 };
 
+// Warpgroups that have rows of a tile.
+DEVICE int active_consumers(const Tile& tile) { return (tile.last_row - tile.first_row) / 64 + 1; }
+
 // ---- producers --------------------------------------------------------------------------------------------------------
 
 DEVICE void load_queries(const Shared& shared, const Work& work, const Element* q, int thread) {
@@ -88,7 +92,7 @@ DEVICE void load_queries(const Shared& shared, const Work& work, const Element* 
         const int chunk = thread % (PANELS * 8);
         const Element* first = queries_of(q, tile, work.num_kv_heads, work.group) + 8 * chunk;
 #pragma unroll 1
-        for (int row = thread / (PANELS * 8); row < ROWS; row += QUERY_THREADS / (PANELS * 8)) {
+        for (int row = thread / (PANELS * 8); row < 64 * active_consumers(tile); row += QUERY_THREADS / (PANELS * 8)) {
             const u32 target = shared.query(set) + chunk / 8 * QUERY_PANEL_BYTES + row * 128 + ((chunk % 8) ^ (row & 7)) * 16;
             copy_async_16(target, first + query_offset(tile.row(row), work.num_kv_heads, work.group));
         }
@@ -274,6 +278,21 @@ DEVICE u32 attend(float (&o)[HEAD_DIM / 2], Rows& rows, const Shared& shared, in
     return n + 1;
 }
 
+// Lets the key tiles from ring position n on pass; returns the position after them.
+DEVICE u32 skip(const Shared& shared, const Tile& tile, u32 n, const Consumer& consumer) {
+    for (int left = (tile.end - 1) / KEYS - tile.begin / KEYS; left >= 0; --left, ++n) {
+        mbarrier_wait(shared.key_full(n), parity_of(n));
+        consumer.release(shared.key_empty(n));
+        if (left > 0) {
+            consumer.wait_turn();
+            consumer.pass_turn();
+        }
+        mbarrier_wait(shared.value_full(n), parity_of(n));
+        consumer.release(shared.value_empty(n));
+    }
+    return n;
+}
+
 DEVICE void consume(const Shared& shared, const Work& work, const Consumer& consumer, float scale, const Sink* sinks,
                     Element* y, int y_pitch) {
     const float scale_log2 = scale * LOG2_E;
@@ -283,6 +302,11 @@ DEVICE void consume(const Shared& shared, const Work& work, const Consumer& cons
         const int set = round % 2;
         mbarrier_wait(shared.query_full(set), round / 2 & 1);
         const Tile tile = shared.tiles[set];
+        if (consumer.index >= active_consumers(tile)) {
+            n = skip(shared, tile, n, consumer);
+            consumer.release(shared.query_empty(set));
+            continue;
+        }
         Rows rows;
         rows.enter(tile, consumer.row_in_block(), work.group, work.window);
         float o[HEAD_DIM / 2];

@@ -12,12 +12,19 @@ DEVICE float bias_of(const void* bias, u32 row) {
 }
 
 #if EPILOGUE == 2
+// x / (1 + e^-(scale x)); NaN for minus infinity.
+DEVICE float sigmoid_weighted(float x, float scale) {
+    return x * reciprocal_approximate(1.0f + exp2_approximate(-1.44269504f * scale * x));
+}
+
+// SwiGLU; limited: of gpt-oss.
+template <bool IS_LIMITED>
 DEVICE float activation(float gate, float up, float limit) {
-    if (limit > 0.0f) {  // gpt-oss
-        gate = fminf(gate, limit);
-        up = fminf(fmaxf(up, -limit), limit) + 1.0f;
-        return gate / (1.0f + __expf(-1.702f * gate)) * up;
-    }
-    return gate / (1.0f + __expf(-gate)) * up;
+    if (!IS_LIMITED) return sigmoid_weighted(gate, 1.0f) * up;
+    return sigmoid_weighted(fminf(gate, limit), 1.702f) * (fminf(fmaxf(up, -limit), limit) + 1.0f);
+}
+
+DEVICE float activation(float gate, float up, float limit) {
+    return limit > 0.0f ? activation<true>(gate, up, limit) : activation<false>(gate, up, limit);
 }
 #endif

@@ -1,18 +1,16 @@
 // gemm_wgmma: Y[N tokens][M rows] = X[N][K] W[M][K]^T for many tokens, by wgmma with the weights in registers (sm_90a).
 //
-// A block has ROW_GROUPS consumer warpgroups of 64 rows, all over the same TILE_TOKENS tokens, and one producer warp that
-// fills a ring of STAGES slots of STAGE_PANELS * 64 columns by 1-D bulk copies: weights as they lie in their pages,
-// activations as the "tiled" layout has them. CLUSTER blocks take neighbouring row tiles of the same tokens and columns, each
-// fetching its part of the activations for all of them. Blocks stay and go from tile to tile.
+// A block has ROW_GROUPS consumer warpgroups of 64 rows, all over the same TILE_TOKENS tokens, and four producer warps that
+// fill a ring of STAGES slots of STAGE_PANELS * 64 columns by 1-D bulk copies: weights as they lie in their pages,
+// activations as the "tiled" layout has them. Blocks stay and go from tile to tile.
 //
-// SPLIT 0: a tile is one cluster's, over all of K. Tiles go in bands of `token_band` token tiles, rows outermost within one.
-// SPLIT 1: at most TILE_TOKENS tokens. All stages of the matrix, row tile by row tile, are one sequence that is cut into equal
-// ranges, one per cluster; the cluster with a tile's first stage owns it. The others have its stages at the start of their
-// ranges, so their sums are in `partials` before the owner asks for them. Every block must be resident at once.
-// SPLIT 2: first the tiles that are left when every cluster has the same number of whole ones, divided likewise; then the whole
-// ones. A build of its own: its code in the other one made decode steps 1 to 3 % slower (docs/performance.md).
+// SPLIT 0: a tile is one block's, over all of K. Tiles go in bands of `token_band` token tiles, rows outermost within one.
+// SPLIT 1: at most TILE_TOKENS tokens, of a matrix with too few tiles to read it by all multiprocessors. All stages of the
+// matrix, row tile by row tile, are one sequence that is cut into equal ranges, one per block; the block with a tile's first
+// stage owns it. The others have its stages at the start of their ranges, so their sums are in `partials` before the owner asks
+// for them. Every block must be resident at once.
 //
-// grid: (blocks, a multiple of CLUSTER, at most the number of SMs). block: THREADS. Dynamic shared memory: SHARED_BYTES.
+// grid: (at most the number of SMs). block: THREADS. Dynamic shared memory: SHARED_BYTES.
 //
 // weights      u8 [row_blocks][steps][STEP_BYTES]           16-byte aligned
 // activations  E [Kp/64][tokens_padded][64]                 "tiled" layout, 16-byte aligned; anything beyond the tokens
@@ -25,8 +23,8 @@
 // partials     SPLIT: float4 [gridDim.x][ROW_GROUPS][TILE_TOKENS / 8][128]
 // flags        SPLIT: u32 [gridDim.x][ROW_GROUPS], zero before and after
 //
-// Numerics: FP32 accumulation in column order; with SPLIT the ranges of a tile are added in order. The order depends on the
-// matrix alone, with SPLIT 1 on gridDim.x too, with SPLIT 2 on gridDim.x and N.
+// Numerics: FP32 accumulation in column order, whatever the tile: what a token gets depends on no other. With SPLIT the ranges
+// of a tile are added in order, which depends on gridDim.x too.
 #define WGMMA_N TILE_TOKENS
 #include "activation.cuh"
 #include "codec.cuh"
@@ -34,11 +32,11 @@
 
 constexpr int GROUP_THREADS = 128;
 constexpr int CONSUMER_WARPS = 4 * ROW_GROUPS;  // one row block each
-constexpr int THREADS = GROUP_THREADS * (ROW_GROUPS + 1);  // the producer's warpgroup has one warp at work
+constexpr int PRODUCER_WARPS = 4;
+constexpr int THREADS = 32 * (CONSUMER_WARPS + PRODUCER_WARPS);
 // Registers of a thread: together what the launch allots, 168 for each of 3 warpgroups, 128 for each of 4.
-constexpr int PRODUCER_REGISTERS = ROW_GROUPS == 3 ? 56 : 48;
-constexpr int CONSUMER_REGISTERS = ROW_GROUPS == 3 ? 152 : 224;
-constexpr int TILE_ROW_BLOCKS = CLUSTER * CONSUMER_WARPS;
+constexpr int PRODUCER_REGISTERS = ROW_GROUPS == 3 ? 56 : 40;
+constexpr int CONSUMER_REGISTERS = ROW_GROUPS == 3 ? 152 : 232;
 
 constexpr int STAGE_COLUMNS = 64 * STAGE_PANELS;
 constexpr int STAGE_STEPS = STAGE_COLUMNS / STEP_COLUMNS;
@@ -50,18 +48,17 @@ constexpr int SLOT_BYTES = (WEIGHTS_OFFSET + CONSUMER_WARPS * WEIGHT_BYTES + 102
 static_assert(STAGE_STEPS * STEP_COLUMNS == STAGE_COLUMNS, "a stage is whole steps");
 static_assert(STAGE_PANELS == 1 || STAGE_PANELS == 2, "see accumulate");
 static_assert(PANEL_BYTES % 1024 == 0 && WEIGHT_BYTES % 16 == 0, "swizzle groups and bulk copies stay aligned");
-static_assert(TILE_TOKENS % (8 * CLUSTER) == 0, "each block of a cluster fetches whole groups of 8 tokens");
 static_assert(STAGES >= 2, "a slot is free once the next stage's products are on their way");
 
-// Results leave a warpgroup in chunks of tokens through two buffers of shared memory.
-constexpr int CHUNK = TILE_TOKENS < 32 ? TILE_TOKENS : 32;
-constexpr int CHUNKS = TILE_TOKENS / CHUNK;
+// Results go in slices of 8 tokens, and pass through shared memory: with EPILOGUE 2 a warpgroup's 32 columns of all tokens at
+// once, else a warp's 16 rows of a slice, in two buffers.
+constexpr int SLICES = TILE_TOKENS / 8;
 #if EPILOGUE == 2
-constexpr int CHUNK_PITCH = 20;  // words of a token: 32 columns, and 16 bytes so that banks differ
+constexpr int STAGING_WORDS = TILE_TOKENS * 16;  // of a warpgroup
 #else
-constexpr int CHUNK_PITCH = 68;  // 64 rows, and 4 so that a warp's stores meet no bank twice
+constexpr int SLICE_PITCH = 20;  // words of a token: 16 rows, and 4 so that a warp's stores meet no bank twice
+constexpr int STAGING_WORDS = 4 * 2 * 8 * SLICE_PITCH;
 #endif
-constexpr int STAGING_WORDS = 2 * CHUNK * CHUNK_PITCH;  // of a warpgroup
 constexpr int STAGING_OFFSET = STAGES * SLOT_BYTES;
 constexpr int BARRIERS_OFFSET = STAGING_OFFSET + ROW_GROUPS * STAGING_WORDS * 4;
 constexpr int SHARED_BYTES = BARRIERS_OFFSET + 2 * STAGES * 8;
@@ -69,16 +66,13 @@ static_assert(SHARED_BYTES <= 227 * 1024, "what a block can have");
 #ifdef PLAN_SHARED_BYTES
 static_assert(SHARED_BYTES == PLAN_SHARED_BYTES && THREADS == PLAN_THREADS, "runtime/gemm_plan.py says the same");
 #endif
-static_assert(CHUNKS * CHUNK == TILE_TOKENS && BARRIERS_OFFSET % 16 == 0);
+static_assert(TILE_TOKENS % 8 == 0 && BARRIERS_OFFSET % 16 == 0);
 
 // One tile, or a range of its stages.
-struct Segment {
-    int row_tile;  // of the cluster
-    int token;     // the first
+struct Tile {
+    int row_tile;
+    int token;  // the first
     int begin, end;
-#if SPLIT
-    u32 tile_end;  // stages of all divided tiles up to the end of this one
-#endif
 };
 
 struct Matrix {
@@ -87,72 +81,45 @@ struct Matrix {
     int row_blocks, steps, stages, tokens_padded, num_tokens;
 
     MEMBER int stage_steps(int stage) const { return min(STAGE_STEPS, steps - stage * STAGE_STEPS); }
-    MEMBER int stage_panels(int stage) const { return (stage_steps(stage) * STEP_COLUMNS + 63) / 64; }
-    // Whole groups of 8 tokens, which tokens_padded has too.
-    MEMBER int tile_tokens(const Segment& s) const { return min(TILE_TOKENS, (num_tokens + 7) / 8 * 8 - s.token); }
+    MEMBER int stage_panels(int stage) const { return STAGE_PANELS == 1 ? 1 : (stage_steps(stage) * STEP_COLUMNS + 63) / 64; }
+    // Groups of 8 tokens, which tokens_padded has whole.
+    MEMBER int tile_slices(const Tile& tile) const { return min(SLICES, (num_tokens + 7) / 8 - tile.token / 8); }
 };
 
 #if SPLIT
-// First of a cluster's stages among all of the divided tiles: ranges differ by at most one stage.
-DEVICE u32 range_begin(u32 total, u32 cluster) {
-    const u32 clusters = gridDim.x / CLUSTER;
-    return cluster * (total / clusters) + min(cluster, total % clusters);
-}
-#endif
+// First of a block's stages among all: ranges differ by at most one stage.
+DEVICE u32 range_begin(u32 total, u32 block) { return block * (total / gridDim.x) + min(block, total % gridDim.x); }
 
 struct Schedule {
     int row_tiles, token_tiles, token_band, stages;
-#if SPLIT
-    u32 total, position, stop;  // stages: of all divided tiles, and the rest of this cluster's
-#endif
-#if SPLIT != 1
-    u32 tile, last;  // whole tiles: the next, and the end of all clusters'
-#endif
+    u32 position = range_begin(total(), blockIdx.x);
 
-    MEMBER void rewind() {
-        const u32 cluster = blockIdx.x / CLUSTER;
-        u32 divided = row_tiles * token_tiles;
-#if SPLIT != 1
-        tile = cluster, last = divided;
-#endif
-#if SPLIT == 2
-        divided %= gridDim.x / CLUSTER, last -= divided;
-#endif
-#if SPLIT
-        total = divided * stages, position = range_begin(total, cluster), stop = range_begin(total, cluster + 1);
-#endif
-    }
-    MEMBER void locate(Segment& s, u32 number) const {
-        const int band = number / (token_band * row_tiles), place = number % (token_band * row_tiles);
-        const int width = min(token_band, token_tiles - band * token_band);
-        s.row_tile = place / width, s.token = (band * token_band + place % width) * TILE_TOKENS;
-    }
-    MEMBER bool next(Segment& s) {
-#if SPLIT
-        if (position < stop) {
-            const u32 divided = position / stages;
-            s.begin = position % stages, s.end = min(stages, s.begin + static_cast<int>(stop - position));
-            s.tile_end = (divided + 1) * stages;
-            position += s.end - s.begin;
-#if SPLIT == 1
-            s.row_tile = divided, s.token = 0;
-#else
-            locate(s, last + divided);
-#endif
-            return true;
-        }
-#endif
-#if SPLIT != 1
-        if (tile < last) {
-            locate(s, tile);
-            s.begin = 0, s.end = stages;
-            tile += gridDim.x / CLUSTER;
-            return true;
-        }
-#endif
-        return false;
+    MEMBER u32 total() const { return row_tiles * stages; }
+    MEMBER bool pop(Tile& tile) {
+        const u32 stop = range_begin(total(), blockIdx.x + 1);
+        if (position >= stop) return false;
+        tile.row_tile = position / stages, tile.token = 0;
+        tile.begin = position % stages, tile.end = min(stages, tile.begin + static_cast<int>(stop - position));
+        position += tile.end - tile.begin;
+        return true;
     }
 };
+#else
+struct Schedule {
+    int row_tiles, token_tiles, token_band, stages;
+    int next = blockIdx.x;
+
+    MEMBER bool pop(Tile& tile) {
+        if (next >= row_tiles * token_tiles) return false;
+        const int band = next / (token_band * row_tiles), place = next % (token_band * row_tiles);
+        const int width = min(token_band, token_tiles - band * token_band);
+        tile.row_tile = place / width, tile.token = (band * token_band + place % width) * TILE_TOKENS;
+        tile.begin = 0, tile.end = stages;
+        next += gridDim.x;
+        return true;
+    }
+};
+#endif
 
 struct Ring {
     u32 slots, barriers;  // barriers: STAGES full, STAGES empty
@@ -161,81 +128,78 @@ struct Ring {
 
     MEMBER u32 full(int i) const { return barriers + 8 * i; }
     MEMBER u32 empty(int i) const { return barriers + 8 * (STAGES + i); }
-    MEMBER void advance() {
-        if (++slot == STAGES) slot = 0, parity ^= 1;
+    MEMBER void advance(int by = 1) {
+        if ((slot += by) >= STAGES) slot -= STAGES, parity ^= 1;
     }
     MEMBER void initialize() const {
         for (int i = 0; i < STAGES; ++i) {
             mbarrier_init(full(i), 1);
-            mbarrier_init(empty(i), CLUSTER * CONSUMER_WARPS);
+            mbarrier_init(empty(i), CONSUMER_WARPS);
         }
         mbarrier_init_fence();
     }
     MEMBER void release(int i, int lane) const {
-#if CLUSTER > 1
-        if (lane < CLUSTER) mbarrier_arrive_cluster(empty(i), lane);
-#else
         if (lane == 0) mbarrier_arrive(empty(i));
-#endif
-    }
-    MEMBER void wait_empty() const {
-#if CLUSTER > 1
-        mbarrier_wait_cluster(empty(slot), parity ^ 1);
-#else
-        mbarrier_wait(empty(slot), parity ^ 1);
-#endif
     }
 };
 
-// ---- producer -------------------------------------------------------------------------------------------------------
+// ---- producers ------------------------------------------------------------------------------------------------------
 
-// Announces all of a stage's bytes and fetches its weights; a lane copies the steps of one row block.
-DEVICE void fetch_weights(const Matrix& m, const Ring& ring, int slot, const Segment& s, int stage, u32 rank, int lane) {
-    const int first = s.row_tile * TILE_ROW_BLOCKS + rank * CONSUMER_WARPS;
-    const int count = min(CONSUMER_WARPS, max(0, m.row_blocks - first)), bytes = m.stage_steps(stage) * STEP_BYTES;
-    if (lane == 0) mbarrier_arrive_expect(ring.full(slot), count * bytes + m.stage_panels(stage) * m.tile_tokens(s) * 128);
-    __syncwarp();
-    if (lane < count) {
-        const u64 step = static_cast<u64>(first + lane) * m.steps + stage * STAGE_STEPS;
-        const u32 target = ring.slots + slot * SLOT_BYTES + WEIGHTS_OFFSET + lane * WEIGHT_BYTES;
-        copy_bulk(target, m.weights + step * STEP_BYTES, bytes, ring.full(slot));
-    }
-}
+// A warp issues one copy in about 100 cycles, so several take turns with the stages. As none has more stages to go than there
+// are slots, none is a lap behind the others.
+constexpr int PRODUCERS = PRODUCER_WARPS < STAGES ? PRODUCER_WARPS : STAGES;
 
-// Fetches this block's part of a stage's activations for the whole cluster; a lane copies one panel.
-DEVICE void fetch_activations(const Matrix& m, const Ring& ring, const Segment& s, int stage, u32 rank, int lane) {
-    constexpr int PART = TILE_TOKENS / CLUSTER;
-    const int tokens = m.tile_tokens(s), begin = min(tokens, static_cast<int>(rank) * PART), end = min(tokens, begin + PART);
-    if (lane >= m.stage_panels(stage) || begin == end) return;
-    const u64 row = static_cast<u64>(stage * STAGE_PANELS + lane) * m.tokens_padded + s.token + begin;
-    const u32 target = ring.slots + ring.slot * SLOT_BYTES + lane * PANEL_BYTES + begin * 128, bytes = (end - begin) * 128;
-#if CLUSTER > 1
-    copy_bulk_multicast(target, m.activations + row * 128, bytes, ring.full(ring.slot), (1 << CLUSTER) - 1);
-#else
-    copy_bulk(target, m.activations + row * 128, bytes, ring.full(ring.slot));
-#endif
-}
+struct Producer {
+    int warp, lane;
 
-DEVICE void produce(const Matrix& m, Ring ring, Schedule schedule, u32 rank, int lane) {
-    Segment s;
-    int early = 0;  // stages whose weights are fetched before the activations exist
-    while (early < STAGES && schedule.next(s))
-        for (int stage = s.begin; stage < s.end && early < STAGES; ++stage)
-            fetch_weights(m, ring, early++, s, stage, rank, lane);
-    wait_for_previous();
-    schedule.rewind();
-    while (schedule.next(s)) {
-        for (int stage = s.begin; stage < s.end; ++stage, ring.advance()) {
-            if (early > 0) {
-                --early;
-            } else {
-                ring.wait_empty();
-                fetch_weights(m, ring, ring.slot, s, stage, rank, lane);
+    MEMBER void run(const Matrix& m, Ring ring, Schedule schedule) const {
+        Tile tile;
+        ring.slot = warp;
+        int early = 0;  // of this warp's stages, fetched but for the activations, which do not exist yet
+        Schedule first = schedule;
+        for (int skipped = warp; warp + early * PRODUCERS < STAGES && first.pop(tile);) {
+            int stage = tile.begin + skipped;
+            for (; stage < tile.end && warp + early * PRODUCERS < STAGES; stage += PRODUCERS, ++early)
+                fetch<true, false>(m, ring, warp + early * PRODUCERS, tile, stage);
+            skipped = stage - tile.end;
+        }
+        wait_for_previous();
+        for (int skipped = warp; schedule.pop(tile);) {
+            int stage = tile.begin + skipped;
+            for (; stage < tile.end; stage += PRODUCERS, ring.advance(PRODUCERS)) {
+                if (early > 0) {
+                    --early;
+                    fetch<false, true>(m, ring, ring.slot, tile, stage);
+                } else {
+                    mbarrier_wait(ring.empty(ring.slot), ring.parity ^ 1);
+                    fetch<true, true>(m, ring, ring.slot, tile, stage);
+                }
             }
-            fetch_activations(m, ring, s, stage, rank, lane);
+            skipped = stage - tile.end;
         }
     }
-}
+
+    // A lane copies a stage's steps of one row block, or one panel of the activations. With the weights both are announced.
+    template <bool WEIGHTS, bool ACTIVATIONS>
+    MEMBER void fetch(const Matrix& m, const Ring& ring, int slot, const Tile& tile, int stage) const {
+        const bool is_weights = lane < CONSUMER_WARPS;
+        const int row_block = tile.row_tile * CONSUMER_WARPS + lane, panel = lane - CONSUMER_WARPS;
+        const bool exists = is_weights ? row_block < m.row_blocks : panel < m.stage_panels(stage);
+        const int bytes = !exists ? 0 : is_weights ? m.stage_steps(stage) * STEP_BYTES : m.tile_slices(tile) * 1024;
+        const u32 barrier = ring.full(slot);
+        if (WEIGHTS) {
+            const u32 announced = __reduce_add_sync(~0u, bytes);
+            if (lane == 0) mbarrier_arrive_expect(barrier, announced);
+            __syncwarp();
+        }
+        if (bytes == 0 || !(is_weights ? WEIGHTS : ACTIVATIONS)) return;
+        const u64 step = static_cast<u64>(row_block) * m.steps + stage * STAGE_STEPS;
+        const u64 row = static_cast<u64>(stage * STAGE_PANELS + panel) * m.tokens_padded + tile.token;
+        const u8* source = is_weights ? m.weights + step * STEP_BYTES : m.activations + row * 128;
+        const u32 target = is_weights ? WEIGHTS_OFFSET + lane * WEIGHT_BYTES : panel * PANEL_BYTES;
+        copy_bulk(ring.slots + slot * SLOT_BYTES + target, source, bytes, barrier);
+    }
+};
 
 // ---- consumers ------------------------------------------------------------------------------------------------------
 
@@ -265,42 +229,35 @@ DEVICE void multiply(Sums& acc, const u32 (&a)[PANEL_PRODUCTS][4], u32 panel) {
     wgmma_commit();
 }
 
-// The sums of a segment. One panel's products run while the next one's A fragments are loaded; panels alternate between two
-// sets of registers, and with two panels a stage each set has its place in the slot.
-DEVICE void accumulate(Sums& acc, const Matrix& m, Ring& ring, const u8* weights, const Segment& s, int lane) {
-    u32 even[PANEL_PRODUCTS][4], odd[PANEL_PRODUCTS][4];
+// The sums of a tile's stages. One panel's products run while the next one's A fragments are loaded, into two sets of registers in turn.
+DEVICE void accumulate(Sums& acc, const Matrix& m, Ring& ring, const u8* weights, const Tile& tile, int lane) {
+    u32 a[2][PANEL_PRODUCTS][4];
 #pragma unroll
     for (int i = 0; i < TILE_TOKENS / 2; ++i) acc[i] = 0.0f;
     pin_registers(acc);
-    constexpr int SECOND = STAGE_PANELS - 1;  // place of the odd panels
-    int stage = s.begin;
-    auto load = [&](u32 (&a)[PANEL_PRODUCTS][4], int panel) {
+    int stage = tile.begin, panel = 0, before = -1;  // panel of the stage; slot of the stage before
+    auto load = [&](u32 (&set)[PANEL_PRODUCTS][4]) {
         if (panel == 0) mbarrier_wait(ring.full(ring.slot), ring.parity);
-        load_panel(a, weights + ring.slot * SLOT_BYTES, panel, m.stage_steps(stage), lane);
+        load_panel(set, weights + ring.slot * SLOT_BYTES, panel, m.stage_steps(stage), lane);
     };
-    auto start = [&](const u32 (&a)[PANEL_PRODUCTS][4], int panel) {
-        multiply(acc, a, ring.slots + ring.slot * SLOT_BYTES + panel * PANEL_BYTES);
-        wgmma_wait<1>();  // the panel before
-        if (panel == 0 && stage > s.begin) ring.release(ring.slot == 0 ? STAGES - 1 : ring.slot - 1, lane);
-    };
-    auto next_stage = [&] {
-        if (++stage == s.end) return false;
-        ring.advance();
-        return true;
-    };
-    load(even, 0);
-    for (;;) {
-        start(even, 0);
-        if (SECOND == 0 ? !next_stage() : m.stage_panels(stage) == 1) break;
-        load(odd, SECOND);
-        start(odd, SECOND);
-        if (!next_stage()) break;
-        load(even, 0);
+    load(a[0]);
+    while (stage < tile.end) {
+#pragma unroll
+        for (int set = 0; set < 2; ++set) {
+            multiply(acc, a[set], ring.slots + ring.slot * SLOT_BYTES + panel * PANEL_BYTES);
+            wgmma_wait<1>();  // the panel before
+            if (panel == 0 && before >= 0) ring.release(before, lane);
+            if (++panel == m.stage_panels(stage)) {
+                panel = 0, before = ring.slot;
+                ring.advance();
+                if (++stage == tile.end) break;
+            }
+            load(a[set ^ 1]);
+        }
     }
     wgmma_wait<0>();
     pin_registers(acc);
-    ring.release(ring.slot, lane);
-    ring.advance();
+    ring.release(before, lane);
 }
 
 #if SPLIT
@@ -310,38 +267,35 @@ struct Exchange {
     int group, thread;  // warpgroup of the block, thread of the warpgroup
 
     MEMBER u64 place(u32 block) const { return block * ROW_GROUPS + group; }
-    MEMBER float4* part(u64 place, int i) const { return partials + (place * (TILE_TOKENS / 8) + i) * GROUP_THREADS + thread; }
+    MEMBER float4* part(u64 place, int slice) const { return partials + (place * SLICES + slice) * GROUP_THREADS + thread; }
 
     MEMBER void give(const Sums& acc) const {
         const u64 mine = place(blockIdx.x);
 #pragma unroll
-        for (int i = 0; i < TILE_TOKENS / 8; ++i)
-            *part(mine, i) = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+        for (int i = 0; i < SLICES; ++i) *part(mine, i) = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
         __threadfence();
         named_barrier(1 + group, GROUP_THREADS);
         if (thread == 0) store_release(flags + mine, 1);
     }
 
-    // Adds what the following clusters have of the tile that ends before stage `end` of `total`; leaves their flags at zero.
+    // Adds what the following blocks have of the tile that ends before stage `end` of `total`; leaves their flags at zero.
     MEMBER void take(Sums& acc, u32 total, u32 end) const {
-        const u32 cluster = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
-        for (u32 other = cluster + 1; range_begin(total, other) < end; ++other) {
+        for (u32 other = blockIdx.x + 1; range_begin(total, other) < end; ++other) {
             if (range_begin(total, other) == range_begin(total, other + 1)) continue;  // it has no stages
-            const u64 its = place(other * CLUSTER + rank);
+            const u64 its = place(other);
             if (thread % 32 == 0) {
                 while (load_acquire(flags + its) == 0) {}
             }
             __syncwarp();
 #pragma unroll
-            for (int i = 0; i < TILE_TOKENS / 8; ++i) {
+            for (int i = 0; i < SLICES; ++i) {
                 const float4 p = __ldcg(part(its, i));
                 acc[4 * i] += p.x, acc[4 * i + 1] += p.y, acc[4 * i + 2] += p.z, acc[4 * i + 3] += p.w;
             }
         }
         named_barrier(1 + group, GROUP_THREADS);
         if (thread != 0) return;
-        for (u32 other = cluster + 1; range_begin(total, other) < end; ++other)
-            store_release(flags + place(other * CLUSTER + rank), 0);
+        for (u32 other = blockIdx.x + 1; range_begin(total, other) < end; ++other) store_release(flags + place(other), 0);
     }
 };
 #endif
@@ -357,179 +311,166 @@ struct Output {
     int group, thread;  // warpgroup of the block, thread of the warpgroup
 };
 
+// Stores a tile. A lane's part d of a slice: rows g (registers 0, 1) and g + 8 (2, 3) of tokens 2t, 2t + 1.
 #if EPILOGUE == 2
-// Word of a pair of columns (of the warpgroup's 32) in the staging buffer: for LANE_COLUMNS 8 as they lie in the output.
-DEVICE int staging_word(int column) { return (Y_LANE_COLUMNS == 8 ? fragment_order<8>(column) : column) / 2; }
+// Row g is a gate, g + 8 its up value. The staging buffer has 16 words a token: with LANE_COLUMNS 8 four chunks as they lie in
+// the output, chunk g / 2 with a word of each warp; with 32 a chunk of each warp, its columns in order. A token's words, or
+// chunks, are rotated by half its number, so that a warp's stores meet no bank twice.
+struct Store {
+    const Output& out;
+    int first_column, first_token;  // of the warpgroup and the tile
+    float gate_bias, up_bias;
+    bool exists, odd;  // odd: g
+    u32* mine;
 
-// One chunk from the staging buffer to y; `first` is the warpgroup's first column, a multiple of 32.
-DEVICE void store_chunk(const Output& out, const u32* buffer, int first, int first_token) {
-    constexpr int WORDS = Y_LANE_COLUMNS == 8 ? 4 : 1;  // columns of a token that lie together
-    if (first >= out.columns) return;
+    MEMBER Store(const Matrix& m, const Output& out, const Tile& tile) : out(out), first_token(tile.token) {
+        const int lane = out.thread % 32, warp = out.thread / 32, g = lane / 4, t = lane % 4;
+        const int first = tile.row_tile * CONSUMER_WARPS + 4 * out.group, row_block = first + warp;
+        first_column = 8 * first, exists = row_block < m.row_blocks, odd = g % 2;
+        gate_bias = exists ? bias_of(out.bias, 16 * row_block + g) : 0.0f;
+        up_bias = exists ? bias_of(out.bias, 16 * row_block + g + 8) : 0.0f;
+        mine = out.staging + (Y_LANE_COLUMNS == 8 ? 4 * (g / 2) + (warp + t) % 4 : 4 * ((warp + t) % 4) + g / 2) + 16 * (2 * t + odd);
+        named_barrier(1 + out.group, GROUP_THREADS);  // the buffer is free
+    }
+    // Lanes g and g ^ 1 swap, so that the even one has both columns of the first token, the odd one of the second.
+    template <bool IS_LIMITED>
+    MEMBER void stage(int slice, const float* d) const {
+        const float first = activation<IS_LIMITED>(d[0] + gate_bias, d[2] + up_bias, out.limit);
+        const float second = activation<IS_LIMITED>(d[1] + gate_bias, d[3] + up_bias, out.limit);
+        const float other = __shfl_xor_sync(~0u, odd ? first : second, 4);
+        const u32 pair = odd ? from_float2(other, second) : from_float2(first, other);
+        mine[8 * 16 * slice] = exists ? pair : 0;
+    }
+    template <bool IS_LIMITED>
+    MEMBER void stage_all(const Sums& acc) const {
 #pragma unroll
-    for (int piece = out.thread; piece < CHUNK * 16 / WORDS; piece += GROUP_THREADS) {
-        const int token = piece / (16 / WORDS), word = piece % (16 / WORDS) * WORDS;
-        if (first_token + token >= out.num_tokens) continue;
-        const u32* source = buffer + token * CHUNK_PITCH + word;
-        if constexpr (WORDS == 4) {
-            const int n = first_token + token, chunk = first % 64 / 8 + word / 4;
-            const u64 row = static_cast<u64>(first / 64) * out.pitch + n;
-            *(static_cast<uint4*>(out.y) + row * 8 + (chunk ^ (n & 7))) = *reinterpret_cast<const uint4*>(source);
+        for (int i = 0; i < SLICES; ++i) stage<IS_LIMITED>(i, acc + 4 * i);
+    }
+    MEMBER void run(const Sums& acc) const {
+        if (out.limit > 0.0f)
+            stage_all<true>(acc);
+        else
+            stage_all<false>(acc);
+        named_barrier(1 + out.group, GROUP_THREADS);
+        if (first_column >= out.columns) return;
+        const int by = out.thread / 8 % 4;  // half of a token's number, for all of this thread's
+#pragma unroll 4
+        for (int piece = out.thread; piece < 32 * SLICES; piece += GROUP_THREADS) {
+            const int n = first_token + piece / 4;
+            if (n >= out.num_tokens) break;
+            put(n, piece % 4, by, *reinterpret_cast<const uint4*>(out.staging + 4 * piece));
+        }
+    }
+    MEMBER void put(int n, int chunk, int by, const uint4& v) const {
+        if constexpr (Y_LANE_COLUMNS == 8) {
+            const uint4 w = by & 2 ? make_uint4(v.z, v.w, v.x, v.y) : v;
+            const u64 row = static_cast<u64>(first_column / 64) * out.pitch + n;
+            *(static_cast<uint4*>(out.y) + row * 8 + ((first_column % 64 / 8 + chunk) ^ (n & 7))) =
+                by & 1 ? make_uint4(w.y, w.z, w.w, w.x) : w;
         } else {
-            const u64 offset = tiled_offset<Y_LANE_COLUMNS>(first_token + token, first + 2 * word, out.pitch);
-            *reinterpret_cast<u32*>(static_cast<Element*>(out.y) + offset) = *source;
+            const u32 words[4] = {v.x, v.y, v.z, v.w};
+            const int column = first_column + 8 * ((chunk - by) & 3);
+#pragma unroll
+            for (int pair = 0; pair < 4; ++pair) {
+                const u64 offset = tiled_offset<Y_LANE_COLUMNS>(n, column + 2 * pair, out.pitch);
+                *reinterpret_cast<u32*>(static_cast<Element*>(out.y) + offset) = words[pair];
+            }
         }
     }
-}
+};
+#else
+// Each warp for itself; a lane stores four rows of a token of each slice.
+struct Store {
+    const Output& out;
+    float* y;
+    int num_rows, num_tokens;  // from this lane's on
+    float low_bias, high_bias;
+    float *target, *source;  // in the first buffer
 
-// acc: a lane holds gate rows g (registers 4j, 4j + 1) and up rows g + 8 (4j + 2, 4j + 3) of tokens 8j + 2t, 8j + 2t + 1.
-DEVICE void store_tile(const Sums& acc, const Matrix& m, const Output& out, int row_block, int first_token) {
-    const int lane = out.thread % 32, g = lane / 4, t = lane % 4, warp = out.thread / 32;
-    const bool exists = row_block < m.row_blocks, odd = g % 2;
-    const float gate_bias = exists ? bias_of(out.bias, 16 * row_block + g) : 0.0f;
-    const float up_bias = exists ? bias_of(out.bias, 16 * row_block + g + 8) : 0.0f;
-    named_barrier(1 + out.group, GROUP_THREADS);  // the buffers are free
-#pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-        u32* buffer = out.staging + c % 2 * CHUNK * CHUNK_PITCH;
-#pragma unroll
-        for (int j = 0; j < CHUNK / 8; ++j) {
-            const float* d = acc + 4 * (c * CHUNK / 8 + j);
-            const float first = exists ? activation(d[0] + gate_bias, d[2] + up_bias, out.limit) : 0.0f;
-            const float second = exists ? activation(d[1] + gate_bias, d[3] + up_bias, out.limit) : 0.0f;
-            // Lanes g and g ^ 1 swap, so that the even one has both columns of the first token, the odd one of the second.
-            const float other = __shfl_xor_sync(~0u, odd ? first : second, 4);
-            const u32 pair = odd ? from_float2(other, second) : from_float2(first, other);
-            buffer[(8 * j + 2 * t + odd) * CHUNK_PITCH + staging_word(8 * warp + g - odd)] = pair;
-        }
-        named_barrier(1 + out.group, GROUP_THREADS);
-        store_chunk(out, buffer, 8 * (row_block - warp), first_token + c * CHUNK);
+    MEMBER Store(const Matrix& m, const Output& out, const Tile& tile) : out(out) {
+        const int lane = out.thread % 32, warp = out.thread / 32, g = lane / 4, t = lane % 4, piece = lane % 4, token = lane / 4;
+        const int row_block = tile.row_tile * CONSUMER_WARPS + 4 * out.group + warp, row = 16 * row_block + 4 * piece;
+        const bool exists = row_block < m.row_blocks;
+        low_bias = exists ? bias_of(out.bias, 16 * row_block + g) : 0.0f;
+        high_bias = exists ? bias_of(out.bias, 16 * row_block + g + 8) : 0.0f;
+        num_rows = out.columns - row, num_tokens = num_rows > 0 ? out.num_tokens - tile.token - token : 0;
+        y = static_cast<float*>(out.y) + static_cast<u64>(tile.token + token) * out.pitch + row;
+        float* buffer = reinterpret_cast<float*>(out.staging) + warp * 2 * 8 * SLICE_PITCH;
+        target = buffer + 2 * t * SLICE_PITCH + g, source = buffer + token * SLICE_PITCH + 4 * piece;
     }
-}
+    MEMBER void slice(int slice, const float* d) const {
+        float* p = target + slice % 2 * 8 * SLICE_PITCH;
+        p[0] = d[0] + low_bias, p[SLICE_PITCH] = d[1] + low_bias;
+        p[8] = d[2] + high_bias, p[SLICE_PITCH + 8] = d[3] + high_bias;
+        __syncwarp();
+        if (8 * slice < num_tokens)
+            put(y + static_cast<u64>(8 * slice) * out.pitch,
+                *reinterpret_cast<const float4*>(source + slice % 2 * 8 * SLICE_PITCH));
+    }
+    // With EPILOGUE 1 memory adds by itself: one rounding, subnormal sums are zero.
+    MEMBER void put(float* place, const float4& v) const {
+#if Y_SCALAR  // for y_pitch or y_columns that are no multiples of 4
+        const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < num_rows) put_one(place + i, values[i]);
 #else
-#if Y_SCALAR
-typedef float Piece;  // for y_pitch or y_columns that are no multiples of 4
-#else
-typedef float4 Piece;
-#endif
-constexpr int PIECE_ROWS = sizeof(Piece) / 4, TOKEN_PIECES = 64 / PIECE_ROWS;
-constexpr int THREAD_PIECES = CHUNK * TOKEN_PIECES / GROUP_THREADS, TOKENS_APART = GROUP_THREADS / TOKEN_PIECES;
-
-#if EPILOGUE == 1
-DEVICE void add(Piece& sum, const Piece& other) {
-#if Y_SCALAR
-    sum += other;
-#else
-    sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
-#endif
-}
-#endif
-
-// acc: a lane holds rows g (registers 4j, 4j + 1) and g + 8 (4j + 2, 4j + 3) of tokens 8j + 2t, 8j + 2t + 1. A thread stores
-// the same rows of every TOKENS_APARTth token.
-DEVICE void store_tile(const Sums& acc, const Matrix& m, const Output& out, int row_block, int first_token) {
-    const int lane = out.thread % 32, g = lane / 4, t = lane % 4, warp = out.thread / 32;
-    const bool exists = row_block < m.row_blocks;
-    const float low_bias = exists ? bias_of(out.bias, 16 * row_block + g) : 0.0f;
-    const float high_bias = exists ? bias_of(out.bias, 16 * row_block + g + 8) : 0.0f;
-    const int piece_row = out.thread % TOKEN_PIECES * PIECE_ROWS, row = 16 * (row_block - warp) + piece_row;
-    const int token = out.thread / TOKEN_PIECES, tokens = row < out.columns ? out.num_tokens - first_token : 0;
-    float* y = static_cast<float*>(out.y) + static_cast<u64>(first_token + token) * out.pitch + row;
-    const int step = TOKENS_APART * out.pitch;
-#if EPILOGUE == 1
-    constexpr int AHEAD = Y_SCALAR || ROW_GROUPS == 3 || SPLIT == 2 ? 1 : 2;  // chunks, as registers allow
-    Piece before[AHEAD][THREAD_PIECES];                         // what y holds
-    auto fetch = [&](int c) {
-#pragma unroll
-        for (int i = 0; i < THREAD_PIECES; ++i)
-            if (c * CHUNK + i * TOKENS_APART + token < tokens)
-                before[c % AHEAD][i] = *reinterpret_cast<const Piece*>(y + static_cast<u64>((c * THREAD_PIECES + i) * step));
-    };
-#pragma unroll
-    for (int c = 0; c < AHEAD && c < CHUNKS; ++c) fetch(c);
-#endif
-    named_barrier(1 + out.group, GROUP_THREADS);  // the buffers are free
-#pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-        float* buffer = reinterpret_cast<float*>(out.staging) + c % 2 * CHUNK * CHUNK_PITCH;
-#pragma unroll
-        for (int j = 0; j < CHUNK / 8; ++j) {
-            const float* d = acc + 4 * (c * CHUNK / 8 + j);
-            float* p = buffer + (8 * j + 2 * t) * CHUNK_PITCH + 16 * warp + g;
-            p[0] = d[0] + low_bias, p[CHUNK_PITCH] = d[1] + low_bias;
-            p[8] = d[2] + high_bias, p[CHUNK_PITCH + 8] = d[3] + high_bias;
-        }
-        named_barrier(1 + out.group, GROUP_THREADS);
-#pragma unroll
-        for (int i = 0; i < THREAD_PIECES; ++i) {
-            if (c * CHUNK + i * TOKENS_APART + token >= tokens) continue;
-            Piece v = *reinterpret_cast<const Piece*>(buffer + (i * TOKENS_APART + token) * CHUNK_PITCH + piece_row);
-#if EPILOGUE == 1
-            add(v, before[c % AHEAD][i]);
-#endif
-            *reinterpret_cast<Piece*>(y + static_cast<u64>((c * THREAD_PIECES + i) * step)) = v;
-        }
-#if EPILOGUE == 1
-        if (c + AHEAD < CHUNKS) fetch(c + AHEAD);
+        put_one(place, v);
 #endif
     }
-}
-#endif
-
-#if CLUSTER > 1
-#define CLUSTER_SHAPE __cluster_dims__(CLUSTER, 1, 1)
+    template <typename Value>
+    MEMBER void put_one(float* place, const Value& v) const {
+#if EPILOGUE == 1
+        add_global(place, v);
 #else
-#define CLUSTER_SHAPE
+        *reinterpret_cast<Value*>(place) = v;
+#endif
+    }
+    MEMBER void run(const Sums& acc) const {
+#pragma unroll
+        for (int i = 0; i < SLICES; ++i) slice(i, acc + 4 * i);
+        __syncwarp();  // the buffers are free
+    }
+};
 #endif
 
-DEVICE void synchronize() {
-#if CLUSTER > 1
-    __syncwarp();
-    cluster_sync();
-#else
-    __syncthreads();
-#endif
-}
-
-extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm_wgmma(const u8* weights, int row_blocks, int steps, const u8* activations, int tokens_padded, int num_tokens, void* y,
-           int y_pitch, int y_columns, const void* bias, float limit, float4* partials, u32* flags, int token_band) {
+           int y_pitch, int y_columns, const void* bias, float limit, int token_band, float4* partials, u32* flags) {
     extern __shared__ __align__(1024) u8 shared[];
     launch_dependents();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 rank = blockIdx.x % CLUSTER;
     const int stages = (steps + STAGE_STEPS - 1) / STAGE_STEPS;
     const Matrix m = {weights, activations, row_blocks, steps, stages, tokens_padded, num_tokens};
     Ring ring = {shared_address(shared), shared_address(shared) + BARRIERS_OFFSET, 0, 0};
     if (threadIdx.x == 0) ring.initialize();
-    synchronize();
+    __syncthreads();
 
-    const int rows = EPILOGUE == 2 ? max(16 * row_blocks, 2 * y_columns) : 16 * row_blocks;  // zeros beyond the stored rows
-    const int row_tiles = (rows + 16 * TILE_ROW_BLOCKS - 1) / (16 * TILE_ROW_BLOCKS);
+    const int blocks = EPILOGUE == 2 ? max(row_blocks, y_columns / 8) : row_blocks;  // zeros beyond the stored rows
+    const int row_tiles = (blocks + CONSUMER_WARPS - 1) / CONSUMER_WARPS;
     Schedule schedule = {row_tiles, (num_tokens + TILE_TOKENS - 1) / TILE_TOKENS, token_band, stages};
-    schedule.rewind();
     if (warp >= CONSUMER_WARPS) {
         if constexpr (ROW_GROUPS > 1) lower_registers<PRODUCER_REGISTERS>();
-        if (warp == CONSUMER_WARPS) produce(m, ring, schedule, rank, lane);
-    } else {
-        if constexpr (ROW_GROUPS > 1) raise_registers<CONSUMER_REGISTERS>();
-        wait_for_previous();
-        const int group = warp / 4, thread = threadIdx.x % GROUP_THREADS;
-        const Output out = {y, y_pitch, EPILOGUE == 2 ? y_columns : min(y_columns, 16 * row_blocks), num_tokens, bias, limit,
-                            reinterpret_cast<u32*>(shared + STAGING_OFFSET) + group * STAGING_WORDS, group, thread};
-        Sums acc;
-        Segment s;
-        while (schedule.next(s)) {
-            accumulate(acc, m, ring, shared + WEIGHTS_OFFSET + warp * WEIGHT_BYTES, s, lane);
-#if SPLIT
-            const Exchange exchange = {partials, flags, group, thread};
-            if (s.begin > 0) {
-                exchange.give(acc);
-                continue;
-            }
-            if (s.end < stages) exchange.take(acc, schedule.total, s.tile_end);
-#endif
-            store_tile(acc, m, out, s.row_tile * TILE_ROW_BLOCKS + rank * CONSUMER_WARPS + warp, s.token);
-        }
+        if (warp - CONSUMER_WARPS < PRODUCERS) Producer{warp - CONSUMER_WARPS, lane}.run(m, ring, schedule);
+        return;
     }
-    if (CLUSTER > 1) synchronize();  // until here other blocks write into this one's shared memory and arrive on its barriers
+    if constexpr (ROW_GROUPS > 1) raise_registers<CONSUMER_REGISTERS>();
+    wait_for_previous();
+    const int group = warp / 4, thread = threadIdx.x % GROUP_THREADS;
+    const Output out = {y, y_pitch, EPILOGUE == 2 ? y_columns : min(y_columns, 16 * row_blocks), num_tokens, bias, limit,
+                        reinterpret_cast<u32*>(shared + STAGING_OFFSET) + group * STAGING_WORDS, group, thread};
+    Sums acc;
+    Tile tile;
+    while (schedule.pop(tile)) {
+        accumulate(acc, m, ring, shared + WEIGHTS_OFFSET + warp * WEIGHT_BYTES, tile, lane);
+#if SPLIT
+        const Exchange exchange = {partials, flags, group, thread};
+        if (tile.begin > 0) {
+            exchange.give(acc);
+            continue;
+        }
+        if (tile.end < stages) exchange.take(acc, schedule.total(), (tile.row_tile + 1) * stages);
+#endif
+        Store(m, out, tile).run(acc);
+    }
 }

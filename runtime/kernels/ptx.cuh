@@ -78,6 +78,19 @@ DEVICE void store_release(u32* pointer, u32 value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(pointer), "r"(value) : "memory");
 }
 
+// y += value at the L2 cache, nothing returned; rounds to nearest even, subnormals to zero.
+DEVICE void add_global(float* y, float value) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" :: "l"(y), "f"(value) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+// The same for four values, at a multiple of 16 bytes.
+DEVICE void add_global(float* y, const float4& v) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(y), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+#endif
+
 // ---- mma.sync (sm_80 up) --------------------------------------------------------------------------------------------
 
 // d += a b for one m16n8k16 product of 16-bit elements, FP32 accumulation. a: 4 registers, b: 2, d: 4.
@@ -173,6 +186,13 @@ DEVICE void named_barrier(int id, int threads) {
 DEVICE float exp2_approximate(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// 1 / x to about 1 unit in the last place; zero beyond 2^126.
+DEVICE float reciprocal_approximate(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
 
@@ -274,7 +294,7 @@ DEVICE void wgmma_m64n64k16_transposed(float (&d)[32], u32 a0, u32 a1, u32 a2, u
 }
 #endif
 
-// ---- wgmma with A from registers, one width per build; clusters (matrix product) ------------------------------------------
+// ---- wgmma with A from registers, one width per build (matrix product) ----------------------------------------------------
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && defined(WGMMA_N)
 // Per width: shape, names of the N / 2 accumulators, those of A's four registers and of B's descriptor, the accumulators.
@@ -320,31 +340,4 @@ DEVICE void wgmma_m64n64k16_transposed(float (&d)[32], u32 a0, u32 a1, u32 a2, u
 
 // d[64][N] += a[64][16] b[N][16]^T: a in registers (per warp as in mma_m16n8k16), b K-major in shared memory.
 DEVICE void wgmma(float (&d)[WGMMA_N / 2], const u32 (&a)[4], u64 b) { WGMMA_EXPAND(WGMMA_OPERANDS); }
-#endif
-
-#if __CUDA_ARCH__ >= 900
-// Barrier of all threads of all blocks of the cluster.
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Arrives on the barrier at the same place in block `rank` of the cluster.
-DEVICE void mbarrier_arrive_cluster(u32 barrier, u32 rank) {
-    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" :: "r"(barrier), "r"(rank) : "memory");
-}
-
-// As mbarrier_wait, for a barrier on which other blocks of the cluster arrive.
-DEVICE void mbarrier_wait_cluster(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "WAIT:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}"
-        :: "r"(barrier), "r"(parity) : "memory");
-}
-
-// copy_bulk to the same place in every block of the cluster whose bit is set in `blocks`, completing on the barrier of each.
-DEVICE void copy_bulk_multicast(u32 shared, const void* global, u32 bytes, u32 barrier, u16 blocks) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-                 :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(blocks) : "memory");
-}
 #endif

@@ -116,7 +116,9 @@ class Results:
     pool: np.ndarray
 
 
-def run(gpu: Any, case: Case, workers: int, early_reads: int = 0, shared_limit: int = 1 << 20) -> Results:
+def run(
+    gpu: Any, case: Case, workers: int, early_reads: int = 0, shared_limit: int = 1 << 20, split_tokens: int = 256
+) -> Results:
     """One launch, of the build for so much shared memory or what there is; checks what it may touch besides its results."""
     heads, batch = case.heads, len(case.lengths)
     group = heads.num_heads // heads.num_kv_heads
@@ -139,7 +141,7 @@ def run(gpu: Any, case: Case, workers: int, early_reads: int = 0, shared_limit: 
         np.float32(EPS), np.float32(heads.clip), gpu.array(case.inputs.rope), gpu.array(case.lengths - 1),
         gpu.array(case.slots), gpu.array(table), np.int32(table.shape[1]), device_pool, np.int32(case.window),
         0 if case.sinks is None else gpu.array(case.sinks), out, np.int32(pitch if case.tiled else padded), sums, stats,
-        np.int32(MAX_SPLITS), arrived,
+        np.int32(MAX_SPLITS), np.int32(split_tokens), arrived,
     )  # fmt: skip
     kernel = gpu.compile("attention_decode", "attention_decode", **defines)
     gpu.launch(kernel, (workers, blocks, batch), (build.threads, 1, 1), args, shared_bytes=build.shared_bytes)
@@ -216,6 +218,7 @@ def test_builds_fit_every_gpu(shared_limit: int) -> None:
 def test_workers_are_bounded_and_never_too_few() -> None:
     build = decode_attention(128, 4, 8, 228 << 10, 132)
     assert [build.workers(n, 1) for n in (1, 256, 257, 1024, 8192, 40960)] == [1, 1, 2, 4, 16, 16]
+    assert [build.workers(n, 9) for n in (256, 1024, 1025, 8192, 40960)] == [1, 1, 2, 8, 16]
     assert [build.workers(40960, batch) for batch in (1, 16, 32, 64, 128, 256)] == [16, 16, 16, 8, 4, 2]
     for batch in (1, 7, 64, 1000):
         assert build.workers(40960, batch) * batch * build.blocks <= max(32 * 132, batch * build.blocks)
@@ -233,6 +236,7 @@ def test_attention_and_cache(gpu: Any, case: Case) -> None:
         again = run(gpu, case, workers, early_reads)
         np.testing.assert_array_equal(again.out, results.out)
         np.testing.assert_array_equal(again.pool, results.pool)
+    check(case, run(gpu, case, 2, 1, split_tokens=1024))
 
 
 @pytest.mark.gpu

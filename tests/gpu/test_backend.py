@@ -111,7 +111,7 @@ def test_dynamic_rope_ends_with_its_table(gpu: Any, golden: GoldenModel, tmp_pat
 def test_many_sequences_get_what_each_gets_alone(gpu: Any, golden: GoldenModel, invariant: bool, tmp_path: Path) -> None:
     """Up to eight whose products take the same kernel; with batch invariance any number."""
     count = 40 if invariant else 8
-    options: dict[str, Any] = {"batch_invariant": True, "max_prefill_tokens": 256} if invariant else {}
+    options: dict[str, Any] = {"batch_invariant": True} if invariant else {}
     rng = np.random.default_rng(1)
     declared = golden.config["vocab_size"]
     assert isinstance(declared, int)

@@ -10,7 +10,7 @@ import pytest
 from kernel_inputs import Matrix, as_bits, matrix, swiglu, tiled_activation, widen_bits
 
 from megalith.runtime.compile import Build, compile_all
-from megalith.runtime.gemm_plan import GemmShape, gemm_shape, split_shape, whole_shape
+from megalith.runtime.gemm_plan import GemmShape, gemm_shape
 
 pytestmark = pytest.mark.gpu
 
@@ -24,9 +24,9 @@ SHAPES = [
     (16, 32, 1), (48, 96, 5), (112, 576, 17), (576, 2560, 63), (6160, 2560, 64), (2560, 9728, 130), (1000, 2880, 300),
     (2560, 4096, 256), (2560, 9728, 512), (6160, 576, 1000), (1001, 96, 70), (333, 2560, 300),
 ]  # fmt: skip
-TILES = [  # tokens, warpgroups, cluster
-    (16, 1, 1), (16, 2, 2), (32, 2, 1), (64, 1, 2), (64, 3, 1), (96, 2, 2), (128, 3, 2), (128, 1, 1), (160, 2, 2), (192, 1, 2),
-    (192, 2, 1), (224, 2, 2), (256, 1, 1), (256, 2, 1), (256, 2, 2),
+TILES = [  # tokens, warpgroups
+    (16, 1), (16, 2), (32, 2), (64, 1), (64, 3), (96, 2), (128, 3), (128, 1), (160, 2), (160, 3), (192, 1), (192, 2), (224, 2),
+    (256, 1), (256, 2),
 ]  # fmt: skip
 
 
@@ -43,9 +43,7 @@ def compiled_ahead(gpu: Any, request: pytest.FixtureRequest) -> None:
     if len([item for item in request.session.items if item.path == request.path]) < _FEW_TESTS:
         return
     shapes = [gemm_shape(layout, 0, *case, gpu.num_sms) for case in SHAPES for layout in LANE_COLUMNS]
-    for tile, groups, cluster in TILES:
-        shapes.append(GemmShape("tile16x512", 0, tile, groups, 1, cluster, False))
-        shapes.append(GemmShape("tile16x512", 0, tile, min(2, groups), 2, cluster, True))
+    shapes += [GemmShape("tile16x512", 0, *tile) for tile in TILES]
     builds = [defines(replace(shape, epilogue=epilogue), "BF16") for shape in shapes for epilogue in (0, 1)]
     for rows, tokens, _ in SWIGLU:
         for layout, dtype in GATED:
@@ -55,7 +53,7 @@ def compiled_ahead(gpu: Any, request: pytest.FixtureRequest) -> None:
 
 
 def swiglu_shapes(layout: str, rows: int, tokens: int, num_sms: int) -> list[GemmShape]:
-    return [gemm_shape(layout, 2, rows, SWIGLU_COLUMNS, tokens, num_sms), GemmShape(layout, 2, 64, 1, 2, 1, False)]
+    return [gemm_shape(layout, 2, rows, SWIGLU_COLUMNS, tokens, num_sms), GemmShape(layout, 2, 64, 1)]
 
 
 def defines(shape: GemmShape, dtype: str, **others: int) -> dict[str, int | str]:
@@ -82,7 +80,7 @@ def run(
         "Y_SCALAR": int(shape.epilogue != 2 and bool(columns % 4 or y.shape[-1] % 4)),
     }
     kernel = gpu.compile("gemm_wgmma", "gemm_wgmma", **defines(shape, weights.dtype, **others))
-    blocks = shape.blocks(gpu.num_sms if blocks is None else blocks)
+    blocks = blocks or gpu.num_sms
     tiled = poisoned_activation(x, weights.dtype, shape.layout)
     packed = gpu.array(np.concatenate([weights.packed, np.full(POISON_BYTES, 0xFF, np.uint8)]))
     activations, partials = gpu.array(tiled), gpu.empty_poisoned((max(16, shape.partials_bytes(blocks)),), np.uint8)
@@ -93,7 +91,7 @@ def run(
         args = (
             packed, np.int32(weights.row_blocks), np.int32(weights.steps), activations, np.int32(tiled.shape[1]),
             np.int32(len(x)), target, np.int32(pitch or y.shape[-1]), np.int32(columns), device_bias, np.float32(limit),
-            partials, flags, np.int32(shape.token_band(weights.steps * 32, len(x))),
+            np.int32(shape.token_band(weights.steps * 32, len(x))), partials, flags,
         )  # fmt: skip
         gpu.launch(kernel, (blocks, 1, 1), (shape.threads, 1, 1), args, shared_bytes=shape.shared_bytes)
         results.append(gpu.get(target))
@@ -144,36 +142,34 @@ def test_planned_shapes(gpu: Any, rows: int, columns: int, tokens: int, layout: 
     check_store_and_add(gpu, weights, x, gemm_shape(layout, 0, rows, columns, tokens, gpu.num_sms))
 
 
-@pytest.mark.parametrize(("tile", "groups", "cluster"), TILES)
-def test_every_tile(gpu: Any, tile: int, groups: int, cluster: int) -> None:
+@pytest.mark.parametrize(("tile", "groups"), TILES)
+def test_every_tile(gpu: Any, tile: int, groups: int) -> None:
     rng = np.random.default_rng(tile)
     weights = matrix(rng, 1104, 608, "BF16", "tile16x512")  # 69 row blocks, 19 steps
     for tokens in (1, tile - 3, 2 * tile + 5):
         x = rng.standard_normal((tokens, 608)).astype(np.float32)
-        check_store_and_add(gpu, weights, x, GemmShape("tile16x512", 0, tile, groups, 1, cluster, False))
-        if tokens <= tile:
-            check_store_and_add(gpu, weights, x, GemmShape("tile16x512", 0, tile, min(2, groups), 2, cluster, True))
+        check_store_and_add(gpu, weights, x, GemmShape("tile16x512", 0, tile, groups))
+
+
+@pytest.mark.parametrize("columns", [32, 64, 160, 1056])
+@pytest.mark.parametrize("blocks", [2, 14, 132])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_few_and_many_tiles_of_a_block(gpu: Any, groups: int, blocks: int, columns: int) -> None:
+    rng = np.random.default_rng(blocks)
+    weights = matrix(rng, 1040, columns, "BF16", "tile16x512")
+    for tokens in (65, 700):
+        x = rng.standard_normal((tokens, columns)).astype(np.float32)
+        check_store_and_add(gpu, weights, x, GemmShape("tile16x512", 0, 64, groups), blocks=min(blocks, gpu.num_sms))
 
 
 @pytest.mark.parametrize("blocks", [2, 4, 14, 66, 132])
-def test_split_over_few_and_many_blocks(gpu: Any, blocks: int) -> None:
+@pytest.mark.parametrize("layout", ["tile16x512", "mxfp4"])
+def test_divided_among_few_and_many_blocks(gpu: Any, layout: str, blocks: int) -> None:
     rng = np.random.default_rng(blocks)
-    weights = matrix(rng, 720, 2592, "BF16", "tile16x512")
-    x = rng.standard_normal((33, 2592)).astype(np.float32)
-    for groups in (1, 2):
-        check_store_and_add(
-            gpu, weights, x, GemmShape("tile16x512", 0, 64, groups, 2, 2, True), blocks=min(blocks, gpu.num_sms)
-        )
-
-
-@pytest.mark.parametrize("blocks", [2, 14, 66, 132])
-@pytest.mark.parametrize(("groups", "cluster"), [(1, 1), (2, 1), (2, 2)])
-def test_last_round_divided(gpu: Any, groups: int, cluster: int, blocks: int) -> None:
-    rng = np.random.default_rng(blocks)
-    weights = matrix(rng, 1040, 1056, "BF16", "tile16x512")
-    for tokens in (65, 700):
-        x = rng.standard_normal((tokens, 1056)).astype(np.float32)
-        shape = GemmShape("tile16x512", 0, 64, groups, 1, cluster, True, has_whole=True)
+    weights = matrix(rng, 720, 2592 if layout == "tile16x512" else 2560, "BF16", layout)
+    for tokens, tile in ((11, 16), (27, 32), (33, 64)):
+        x = rng.standard_normal((tokens, weights.values.shape[1])).astype(np.float32)
+        shape = GemmShape(layout, 0, tile, 1, split=True)
         check_store_and_add(gpu, weights, x, shape, blocks=min(blocks, gpu.num_sms))
 
 
@@ -182,7 +178,7 @@ def test_f16_and_float_bias(gpu: Any) -> None:
     weights = matrix(rng, 576, 576, "F16", "tile16x512")
     x = rng.standard_normal((300, 576)).astype(np.float32)
     bias = rng.standard_normal(576).astype(np.float32)
-    shape = whole_shape("tile16x512", 0, 576, 576, 300, gpu.num_sms)
+    shape = gemm_shape("tile16x512", 0, 576, 576, 300, gpu.num_sms)
     found = run(gpu, weights, x, shape, np.full((300, 576), np.nan, np.float32), 576, bias)
     assert_close(found, product(weights, x) + bias, 576)
 
@@ -233,12 +229,7 @@ def test_what_a_token_gets_does_not_depend_on_the_others(gpu: Any, layout: str) 
     def products(tokens: int, shape: GemmShape) -> np.ndarray:
         return run(gpu, weights, x[:tokens], shape, np.zeros((tokens, rows), np.float32), rows)
 
-    split = products(256, split_shape(layout, 0, rows, 256, gpu.num_sms))
-    for tokens in (1, 17, 40, 100, 190):
-        part = products(tokens, split_shape(layout, 0, rows, tokens, gpu.num_sms))
-        np.testing.assert_array_equal(part, split[:tokens])
-    panels = 2 if layout == "mxfp4" else 1
-    whole = products(512, GemmShape(layout, 0, 256, 2, panels, 1, False))
-    for tokens, tile in ((1, 64), (33, 256), (300, 128)):
-        part = products(tokens, GemmShape(layout, 0, tile, 2, panels, 1, False))
-        np.testing.assert_array_equal(part, whole[:tokens])
+    most = products(512, GemmShape(layout, 0, 256, 2))
+    for tokens, tile, groups in ((1, 64, 1), (17, 16, 2), (33, 256, 2), (300, 128, 3)):
+        part = products(tokens, GemmShape(layout, 0, tile, groups))
+        np.testing.assert_array_equal(part, most[:tokens])

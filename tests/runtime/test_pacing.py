@@ -17,8 +17,8 @@ from megalith.runtime.sequences import Request
 
 PROMPT, OUTPUT = 512, 128
 PASSES = (  # tokens, ms
-    (32, 3.5), (64, 3.7), (96, 4.1), (130, 5.4), (160, 5.4), (192, 6.0), (256, 6.8), (320, 7.6), (384, 8.3), (512, 9.4),
-    (640, 11.9), (768, 12.9), (1024, 15.9), (1536, 20.8), (2048, 29.1),
+    (32, 3.35), (64, 3.6), (96, 3.9), (130, 4.15), (160, 4.27), (192, 4.85), (224, 5.3), (256, 5.3), (320, 5.8), (384, 6.45),
+    (512, 7.7), (640, 9.15), (768, 10.8), (1024, 13.0), (1536, 20.0), (2048, 29.3),
 )  # fmt: skip
 
 
@@ -41,8 +41,8 @@ class ModelledDevice:
     @staticmethod
     def pass_ms(num_prompt: int, num_decoding: int) -> float:
         if not num_prompt:
-            return 3.0 + 0.034 * num_decoding
-        return float(np.interp(num_prompt + num_decoding, *zip(*PASSES, strict=True))) + 0.024 * num_decoding
+            return 2.65 + 0.0283 * num_decoding
+        return float(np.interp(num_prompt + num_decoding, *zip(*PASSES, strict=True))) + 0.019 * num_decoding
 
     def start(
         self, slot: int, parameters: SamplingParameters, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()

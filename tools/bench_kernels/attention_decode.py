@@ -54,7 +54,7 @@ def _row(
             args = (
                 qkv, np.int32(rows), weight, weight, np.float32(1e-6), np.float32(np.inf), rope, positions, slots, table,
                 np.int32(pages), int(cache.data.ptr) + layer * layer_bytes, np.int32(0), 0, out, np.int32(num_heads * head_dim),
-                sums, stats, np.int32(build.max_splits), arrived,
+                sums, stats, np.int32(build.max_splits), np.int32(build.min_split_tokens(batch)), arrived,
             )  # fmt: skip
             gpu.launch(kernel, grid, (build.threads, 1, 1), args, shared_bytes=build.shared_bytes)
 

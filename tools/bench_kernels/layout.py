@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megalith.runtime.gemm_plan import split_shape
+from megalith.runtime.gemm_plan import gemm_shape
 from megalith.runtime.linear_plan import THREADS, linear_shape
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "tests" / "gpu"))
@@ -96,7 +96,7 @@ def _linear(gpu: Any, weights: Matrix, layout: str, packed: Any, x: np.ndarray, 
 
 
 def _wgmma(gpu: Any, weights: Matrix, layout: str, packed: Any, x: np.ndarray, y: Any) -> Multiply:
-    shape = split_shape(layout, 0, ROWS, len(x), gpu.num_sms)
+    shape = gemm_shape(layout, 0, ROWS, COLUMNS, len(x), gpu.num_sms)
     kernel = gpu.compile(
         "gemm_wgmma", "gemm_wgmma", **shape.defines(), ELEMENT_BF16=1, Y_LANE_COLUMNS=8, BIAS_F32=0, Y_SCALAR=0
     )
@@ -108,9 +108,9 @@ def _wgmma(gpu: Any, weights: Matrix, layout: str, packed: Any, x: np.ndarray, y
     def multiply(offset: int) -> None:
         args = (
             int(packed.data.ptr) + offset, np.int32(weights.row_blocks), np.int32(weights.steps), activations,
-            np.int32(tokens_padded), np.int32(len(x)), y, np.int32(ROWS), np.int32(ROWS), 0, np.float32(0), partials, flags,
-            np.int32(shape.token_band(COLUMNS, len(x))),
+            np.int32(tokens_padded), np.int32(len(x)), y, np.int32(ROWS), np.int32(ROWS), 0, np.float32(0),
+            np.int32(shape.token_band(COLUMNS, len(x))), partials, flags,
         )  # fmt: skip
-        gpu.launch(kernel, (shape.blocks(gpu.num_sms), 1, 1), (shape.threads, 1, 1), args, shared_bytes=shape.shared_bytes)
+        gpu.launch(kernel, (gpu.num_sms, 1, 1), (shape.threads, 1, 1), args, shared_bytes=shape.shared_bytes)
 
     return multiply
