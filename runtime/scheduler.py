@@ -25,7 +25,7 @@ from .executor import PAGE_SIZE, Executor, Sampled, SequenceStep, Ticket
 from .pages import Pages, PrefixHash
 from .sequences import Emitted, Finish, Request, Sequence
 
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 192
 CHUNK_PER_SEQUENCE = 6  # the more decode, the longer a pass takes anyway, and the more end and make room for others
 _EXPIRY_SECONDS = 0.01  # between looks at deadlines
 

@@ -57,7 +57,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 @click.option(
     "--prefill-chunk",
     type=click.IntRange(1),
-    default=256,
+    default=192,
     show_default=True,
     help="Prompt tokens of a pass in which sequences decode, or 6 for each that runs or waits if that is more: fewer make "
     "tokens come more evenly, more make a full queue shorter.",
