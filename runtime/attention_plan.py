@@ -92,7 +92,7 @@ class DecodeAttention:
     """One build of `attention_decode.cu`: `group` query heads share a key-value head, each warp has a ring of its own.
 
     Contexts of up to `few` sequences are divided finely, so that all multiprocessors have work; those of more coarsely, as
-    a block that ends early leaves less time to read memory (docs/performance.md).
+    the rings run empty at the end of every split (docs/performance.md).
     """
 
     head_dim: int
@@ -136,6 +136,7 @@ class DecodeAttention:
         }  # fmt: skip
 
     def min_split_tokens(self, batch: int) -> int:
+        """Positions of the shortest split, whole pages."""
         return MIN_SPLIT_TOKENS if batch <= self.few else MIN_SPLIT_TOKENS_OF_MANY
 
     def workers(self, longest: int, batch: int) -> int:

@@ -66,7 +66,8 @@ class GemmShape:
 
     @property
     def _staging_bytes(self) -> int:
-        return self.row_groups * (64 * self.tile_tokens if self.epilogue == EPILOGUE_SWIGLU else 4 * 2 * 8 * 80)
+        """Of each warpgroup all 32 columns of SwiGLU, else of each of its warps two buffers of 8 tokens of 20 floats."""
+        return self.row_groups * (2 * 32 * self.tile_tokens if self.epilogue == EPILOGUE_SWIGLU else 4 * 2 * 8 * 20 * 4)
 
     @property
     def stages(self) -> int:

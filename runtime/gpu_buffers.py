@@ -101,7 +101,7 @@ def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
         ("logits", 4 * batch * vocab_pitch, f"{batch} sequences x {vocab_pitch} x 4"),
         ("linear_partials", linear.partials_bytes(limits.num_sms, rows_tokens), "two blocks may share a row block"),
         ("linear_flags", 4 * limits.num_sms * -(-rows_tokens // linear.tokens), "4 a block"),
-        *(_gemm_workspace(limits) if limits.has_wgmma else []),
+        *(gemm_workspace(limits) if limits.has_wgmma else []),
         ("attention_sums", 4 * blocks * MAX_SPLITS * rows * columns, f"{blocks} heads x {MAX_SPLITS} x {rows} x {columns} x 4"),
         ("attention_stats", 8 * blocks * MAX_SPLITS * rows, f"{blocks} heads x {MAX_SPLITS} x {rows} x 8"),
         ("attention_arrived", 4 * blocks, f"{blocks} heads x 4"),
@@ -116,7 +116,8 @@ def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
     return [Buffer(*entry) for entry in sizes]
 
 
-def _gemm_workspace(limits: Limits) -> list[tuple[str, int, str]]:
+def gemm_workspace(limits: Limits) -> list[tuple[str, int, str]]:
+    """(name, bytes, formula) of what the divided products of `gemm_wgmma.cu` share."""
     largest = GemmShape("tile16x512", 0, max(SPLIT_TILES), 1, split=True)
     return [
         ("gemm_partials", largest.partials_bytes(limits.num_sms), "blocks may share a tile"),

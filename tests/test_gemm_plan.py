@@ -15,6 +15,7 @@ from megalith.runtime.gemm_plan import (
     GemmShape,
     gemm_shape,
 )
+from megalith.runtime.gpu_buffers import Limits, gemm_workspace
 
 NUM_SMS = 132
 MATRICES = [(19456, 2560, 2), (6144, 2560, 0), (2560, 9728, 1), (2560, 4096, 1), (151936, 2560, 0), (16, 32, 0), (48, 96, 2)]
@@ -67,6 +68,8 @@ def test_every_stage_of_every_tile_belongs_to_one_block(rows: int, columns: int,
 
 
 def test_shapes_fit_and_are_used_well() -> None:
+    limits = Limits(128, 4096, 2048, 64, NUM_SMS, 228 << 10, has_wgmma=True)
+    planned = {name: nbytes for name, nbytes, _ in gemm_workspace(limits)}
     for rows, columns, epilogue in MATRICES:
         for num_tokens in TOKENS:
             for layout in ("tile16x512", "mxfp4"):
@@ -75,6 +78,8 @@ def test_shapes_fit_and_are_used_well() -> None:
                 assert shape.stages >= 2
                 assert shape.shared_bytes <= SHARED_LIMIT_BYTES
                 assert not shape.split or shape.tile_tokens >= num_tokens
+                assert shape.partials_bytes(NUM_SMS) <= planned["gemm_partials"]
+                assert 4 * shape.flags(NUM_SMS) <= planned["gemm_flags"]
                 assert not gemm_shape(layout, epilogue, rows, columns, num_tokens, NUM_SMS, invariant=True).split
     assert gemm_shape("tile16x512", 1, 2560, 9728, 32, NUM_SMS).split
     few_tiles = gemm_shape("tile16x512", 1, 2560, 9728, 128, NUM_SMS)
