@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +79,18 @@ class PrefillAttention:
                 begin = max(0, context + first_row // group - window + 1) if window else 0
                 found.append((begin - (context + last_row // group + 1), number, first_row // self.rows))
         return np.array([item[1:] for item in sorted(found)], np.int32).reshape(-1, 2)
+
+    def items_of_rows(
+        self, items: NDArray[np.int32], sequences: NDArray[np.int32], group: int, rows: Sequence[int]
+    ) -> NDArray[np.int32]:
+        """Those of `items` that have any of these rows of the pass, in their order."""
+        _, first, num_tokens, _ = sequences[items[:, 0]].T
+        begin = items[:, 1] * self.rows
+        end = np.minimum(begin + self.rows, num_tokens * group)
+        ordered = np.sort(rows)
+        before = np.searchsorted(ordered, first + begin // group)
+        found: NDArray[np.int32] = items[np.searchsorted(ordered, first + (end - 1) // group, "right") > before]
+        return found
 
 
 SPLIT_WORKERS = (1, 2, 4, 8, 16, 32)

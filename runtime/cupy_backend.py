@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -300,29 +300,43 @@ class CupyBackend:
         return [*launches, self.program.sample(batch, step.positions, step.slots)] if sampled else launches
 
     def prefill(
-        self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int], num_decoded: int = 0
+        self,
+        ids: NDArray[np.int64],
+        sequences: Sequence[tuple[int, int, int, int]],
+        rows: Sequence[int],
+        num_decoded: int = 0,
+        whole: bool = False,
     ) -> None:
         """Logits of at most `max_sequences` chosen rows. `sequences`: (slot, first row, tokens, positions before) of each.
 
         The last `num_decoded` sequences have one token each, which is not in `ids` but what their slot was given last.
+        In the last layer all tokens get keys and values, but only the chosen rows go on from there, unless `whole`, so that
+        `logits_of` can ask for any other.
         """
         if self.kernel_spans is not None:
             self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids) + num_decoded)
-        self._enqueue(self.prefill_launches(ids, sequences, rows, num_decoded))
+        self._enqueue(self.prefill_launches(ids, sequences, rows, num_decoded, whole))
 
     def prefill_launches(
-        self, ids: NDArray[np.int64], sequences: Sequence[tuple[int, int, int, int]], rows: Sequence[int], num_decoded: int = 0
+        self,
+        ids: NDArray[np.int64],
+        sequences: Sequence[tuple[int, int, int, int]],
+        rows: Sequence[int],
+        num_decoded: int = 0,
+        whole: bool = False,
     ) -> list[Launch]:
         """Of a prefill, for one who enqueues them; what they read from the host is sent."""
         table = np.array(sequences, np.int32)
-        items = self.program.prefill_attention.items(table, self.program.group, 0)
+        attention, group, count = self.program.prefill_attention, self.program.group, len(ids) + num_decoded
+        items = attention.items(table, group, 0)
+        last_items = items[:0] if whole else attention.items_of_rows(items, table, group, rows)
         positions = np.concatenate([np.arange(before, before + count) for _, _, count, before in sequences])
         slots = np.repeat(table[:, 0], table[:, 2])
-        at = self._staging.send(
-            [ids.astype(np.int32), positions.astype(np.int32), slots, table, items, np.array(rows, np.int32)], self.stream
-        )
-        count = len(ids) + num_decoded
+        fields = [ids, positions, slots, table, np.concatenate([items, last_items]), np.array(rows, np.int32)]
+        at = self._staging.send([field.astype(np.int32) for field in fields], self.stream)
         step = PrefillPass(count, len(items), len(rows), num_decoded, *at)
+        if not whole:
+            step = replace(step, num_last_items=len(last_items))
         if step not in self._prefill_launches:
             if len(self._prefill_launches) == _KEPT_PREFILLS:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))
@@ -342,7 +356,7 @@ class CupyBackend:
         self._enqueue([self.program.sample(len(masks), positions, slots, *mask_at)])
 
     def logits_of(self, rows: Sequence[int]) -> F32:
-        """Logits float32 [len(rows), vocab_size] of rows of the prefill that came last."""
+        """Logits float32 [len(rows), vocab_size] of rows of the prefill that came last, a whole one."""
         found = []
         for start in range(0, len(rows), self.limits.max_sequences):
             some = np.array(rows[start : start + self.limits.max_sequences], np.int32)
@@ -392,9 +406,12 @@ class CupyBackend:
                 self.decode_step(np.array([before], np.int32), np.array([cache.slot], np.int32))
                 pieces.append(self.read_logits(1))
             else:
-                self.prefill(chunk, [(cache.slot, 0, count, before)], [])
-                wanted = range(count) if not last_only else [count - 1] * (start + count == len(ids))
-                pieces.append(self.logits_of(wanted))
+                last_row = [count - 1] * (start + count == len(ids))
+                self.prefill(chunk, [(cache.slot, 0, count, before)], last_row if last_only else [], whole=not last_only)
+                if not last_only:
+                    pieces.append(self.logits_of(range(count)))
+                elif last_row:
+                    pieces.append(self.read_logits(1))
             cache.length += count
         return np.concatenate(pieces)
 

@@ -154,7 +154,8 @@ class CupyExecutor:
         rows = [int(end) - 1 for step, end in zip(steps, ends, strict=True) if step.sample]
         firsts = [int(end) - step.num_tokens for step, end in zip(steps, ends, strict=True)]
         sequences = [(step.slot, first, step.num_tokens, step.start) for step, first in zip(steps, firsts, strict=True)]
-        self._backend.prefill(np.concatenate(ids), sequences, rows, len(steps) - len(ids))
+        is_scored = any(step.targets is not None for step in steps)
+        self._backend.prefill(np.concatenate(ids), sequences, rows, len(steps) - len(ids), whole=is_scored)
         if sampled:
             self._sample(sampled, submitted)
         for step, (_, first, count, _) in zip(steps, sequences, strict=True):

@@ -28,7 +28,7 @@ class CupyPasses:
             backend.set_last_token(sequence.slot, int(ids[0]))
             launches = backend.decode_launches(np.array([before], np.int32), np.array([sequence.slot], np.int32))
         else:
-            launches = backend.prefill_launches(ids, [(sequence.slot, 0, count, 0)], [count - 1])
+            launches = backend.prefill_launches(ids, [(sequence.slot, 0, count, 0)], [count - 1], whole=True)
         config = backend.config
         following = [launch.operation for launch in launches[1:]] + [None]
         for launch, next_op in zip(launches, following, strict=True):

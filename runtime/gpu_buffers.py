@@ -96,7 +96,10 @@ def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
             count = padded(tokens, 8) + TILE_SLACK_TOKENS
             sizes.append((f"{name}_tiled", 2 * count * pitch, f"{count} tokens x {pitch} x 2"))
     query_pitch = config.num_attention_heads * head_pitch(config.head_dim)
+    chosen, pitch = padded(batch, 8) + TILE_SLACK_TOKENS if limits.has_wgmma else batch, padded(config.q_rows, COLUMN_UNIT)
     sizes += [
+        ("chosen_x", 4 * batch * config.hidden_size, f"{batch} sequences x {config.hidden_size} x 4"),
+        ("chosen_a", 2 * chosen * pitch, f"{chosen} tokens x {pitch} x 2"),
         ("q", 2 * tokens * query_pitch, f"{tokens} tokens x {query_pitch} x 2"),
         ("logits", 4 * batch * vocab_pitch, f"{batch} sequences x {vocab_pitch} x 4"),
         ("linear_partials", linear.partials_bytes(limits.num_sms, rows_tokens), "two blocks may share a row block"),
@@ -134,6 +137,8 @@ def max_items(config: ModelConfig, limits: Limits) -> int:
 def staging_bytes(config: ModelConfig, limits: Limits) -> int:
     """Bytes that the host sends for one pass at most: see `gpu_staging.Fields`."""
     per_token, per_item = 3 * 4, 8
-    per_sequence = 6 * 4 + 16 + 4 * -(-config.vocab_size // 32)  # a grammar's mask is a bit per token of the vocabulary
+    per_sequence = (
+        6 * 4 + 16 + per_item + 4 * -(-config.vocab_size // 32)
+    )  # a grammar's mask is a bit per token of the vocabulary
     fields = per_token * limits.max_tokens + per_sequence * limits.max_sequences + per_item * max_items(config, limits)
     return padded(fields + 16 * 16, ALIGNMENT)

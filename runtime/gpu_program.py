@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -74,6 +75,7 @@ class PrefillPass:
     sequences: int
     items: int
     rows: int
+    num_last_items: int | None = None  # the last layer is for `rows` alone: their items follow the others; None: for all tokens
 
 
 def element_of(index: Index) -> str:
@@ -126,7 +128,7 @@ class GpuProgram:
 
     def decode(self, batch: int, workers: int, step: DecodePass) -> list[Launch]:
         """One token of each of `batch` sequences, to logits; `workers` blocks share a sequence's context."""
-        tiled = self._limits.has_wgmma and batch > self._limits.rows_tokens
+        tiled = self._is_tiled(batch)
 
         def layer(ops: Sequence[Operation]) -> Iterator[Launch]:
             for op in ops:
@@ -169,12 +171,38 @@ class GpuProgram:
                 else:
                     yield self._dense(op, count, tiled)
 
-        return [*launches, *self._of_layers(layer), *self.head(step.num_rows, step.rows)]
+        if step.num_last_items is None:
+            return [*launches, *self._of_layers(layer), *self.head(step.num_rows, step.rows)]
+        norm, qkv, *_ = self._layers[-1]
+        return [*launches, *self._of_layers(layer, len(self._layers) - 1), *layer((norm, qkv)), *self.chosen_rows(step)]
 
-    def _of_layers(self, launches_of: Callable[[Sequence[Operation]], Iterator[Launch]]) -> Iterator[Launch]:
-        """Launches of all layers. One that is like an earlier one takes those with its own addresses: a fourth of the time."""
+    def chosen_rows(self, step: PrefillPass) -> list[Launch]:
+        """From the last layer's attention to logits, of chosen rows alone; the residual stream of all stays as it was."""
+        count = step.num_rows
+        if not count or step.num_last_items is None:
+            return []
+        _, _, attention, *following = self._layers[-1]
+        among = replace(step, num_items=step.num_last_items, items=step.items + 8 * step.num_items)
+        launches = [self._attention_prefill(attention, among, self._limits.has_wgmma), self._take_rows(attention, step)]
+        chosen = copy(self)
+        addresses = {"x": self._places["chosen_x"], "a_rows": self._places["chosen_a"], "a_tiled": self._places["chosen_a"]}
+        chosen._places = replace(self._places, buffers={**self._places.buffers, **addresses})
+        tiled = self._is_tiled(count)
+        for op in following:
+            if op.kind is Kind.NORM:
+                launches.append(chosen._norm(op, count, 0, self._reader_layout(op), tiled))
+            else:
+                launches.append(chosen._dense(op, count, tiled))
+        return [*launches, *chosen.head(count, 0)]
+
+    def _of_layers(
+        self, launches_of: Callable[[Sequence[Operation]], Iterator[Launch]], count: int | None = None
+    ) -> Iterator[Launch]:
+        """Launches of the first `count` layers, of all by default. One that is like an earlier one takes those with its own
+        addresses: a fourth of the time.
+        """
         first: dict[object, tuple[Sequence[Operation], list[Launch]]] = {}
-        for ops, likeness in zip(self._layers, self._likenesses, strict=True):
+        for ops, likeness in list(zip(self._layers, self._likenesses, strict=True))[:count]:
             if likeness not in first:
                 first[likeness] = ops, list(launches_of(ops))
                 yield from first[likeness][1]
@@ -202,7 +230,7 @@ class GpuProgram:
         if not num_rows:
             return []
         norm, head = self._program[-2:]
-        tiled = self._limits.has_wgmma and num_rows > self._limits.rows_tokens
+        tiled = self._is_tiled(num_rows)
         return [self._norm(norm, num_rows, rows, self._reader_layout(norm), tiled), self._dense(head, num_rows, tiled)]
 
     def sample(self, num_rows: int, positions: int, slots: int, masks: int = 0) -> Launch:
@@ -258,6 +286,21 @@ class GpuProgram:
         h, pitch = self._activation("h", config.hidden_size, count, tiled)
         args = (self._places["x"], rows, self._blob(op.weight), f32(config.rms_norm_eps), h, i32(pitch))
         return self._launch("rmsnorm", "rmsnorm", defines, (count, 1, 1), (256, 1, 1), args, operation=op)
+
+    def _take_rows(self, op: Operation, step: PrefillPass) -> Launch:
+        config, source_tiled, target_tiled = self.config, self._limits.has_wgmma, self._is_tiled(step.num_rows)
+        reader = self._blobs[self._following(op).weight].layout
+        defines = {
+            "LANE_COLUMNS": _lane_columns(reader), "SOURCE_TILED": int(source_tiled), "TARGET_TILED": int(target_tiled),
+        }  # fmt: skip
+        a, pitch = self._activation("a", config.q_rows, step.num_tokens, source_tiled)
+        _, chosen_pitch = self._activation("a", config.q_rows, step.num_rows, target_tiled)
+        columns = padded(config.q_rows, 128 if reader == "mxfp4" else 32)
+        args = (
+            step.rows, self._places["x"], i32(config.hidden_size), self._places["chosen_x"], a, i32(columns), i32(pitch),
+            self._places["chosen_a"], i32(chosen_pitch),
+        )  # fmt: skip
+        return self._launch("take_rows", "take_rows", defines, (step.num_rows, 1, 1), (256, 1, 1), args, operation=op)
 
     def _following(self, op: Operation) -> Operation:
         return self._program[self._places_in_program[op] + 1]
@@ -409,6 +452,10 @@ class GpuProgram:
     def _cache(self, layer: int) -> int:
         per_layer = page_bytes(self.config) // self.config.num_hidden_layers * self._limits.num_pages
         return self._places["kv_cache"] + layer * per_layer
+
+    def _is_tiled(self, count: int) -> bool:
+        """Whether products of so many tokens that are not a prefill's go through wgmma."""
+        return self._limits.has_wgmma and count > self._limits.rows_tokens
 
     def _activation(self, name: str, columns: int, count: int, tiled: bool) -> tuple[int, int]:
         """Address and pitch: columns of a row, or tokens of a panel."""

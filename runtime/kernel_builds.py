@@ -68,6 +68,9 @@ def _vectors(arch: str) -> Iterator[Build]:
     yield Build.of("embedding", arch, ELEMENT_BF16=1)
     yield Build.of("embedding", arch, ELEMENT_F16=1)
     yield Build.of("sampling", arch)
+    for element, lane_columns, source, target in (("ELEMENT_BF16", 8, 1, 0), ("ELEMENT_F16", 32, 1, 1)):
+        defines: Defines = {element: 1, "LANE_COLUMNS": lane_columns, "SOURCE_TILED": source, "TARGET_TILED": target}
+        yield Build.of("take_rows", arch, **defines)
     for hidden_size, tiled, lane_columns in ((2560, 0, 8), (8192, 1, 8), (2880, 0, 32)):
         layout: Defines = {"ACTIVATION_TILED": tiled, "LANE_COLUMNS": lane_columns}
         yield Build.of("rmsnorm", arch, ELEMENT_BF16=1, HIDDEN_SIZE=hidden_size, WEIGHT_F32=0, **layout)

@@ -7,6 +7,7 @@ layer only through the types and shapes of its blobs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -28,7 +29,7 @@ class _Note:
     def bind(
         self, grid: Dim3, block: Dim3, args: Sequence[Argument], shared_bytes: int = 0, pdl: bool = True
     ) -> Launch:  # fmt: skip
-        return cast(Launch, SimpleNamespace())
+        return cast(Launch, SimpleNamespace(moved=lambda addresses: SimpleNamespace()))
 
 
 class KernelNeeds:
@@ -59,6 +60,7 @@ class KernelNeeds:
             self._program.prefill(PrefillPass(count, 1, 0, *[0] * 7))
         for rows in row_counts:
             self._program.head(rows, 0)
+            self._program.chosen_rows(replace(PrefillPass(1, 1, rows, *[0] * 7), num_last_items=1))
         return list(self._noted)
 
     def everything(self) -> list[Wanted]:
@@ -85,13 +87,14 @@ def token_classes(most: int) -> list[int]:
 
 
 def distinct_layers(index: Index) -> list[Operation]:
-    """The program without layers that are like an earlier one but for values."""
+    """The program without layers that are like an earlier one but for values, and with the last one."""
     program = build_program(index)
     by_layer: dict[int, list[Operation]] = {}
     for op in program:
         by_layer.setdefault(op.layer, []).append(op)
     first = {tuple(_signature(index, op) for op in ops): layer for layer, ops in reversed(by_layer.items())}
-    return [op for op in program if op.layer in first.values()]
+    kept = {*first.values(), max(by_layer)}
+    return [op for op in program if op.layer in kept]
 
 
 def _signature(index: Index, op: Operation) -> tuple[object, ...]:

@@ -39,7 +39,8 @@ class FakeGpu:
         self.calls.append(("decode", int(positions[0])))
         return self._launches(np.array([self._last]))
 
-    def prefill_launches(self, ids: NDArray[np.int64], sequences: Any, rows: Any) -> list[Any]:
+    def prefill_launches(self, ids: NDArray[np.int64], sequences: Any, rows: Any, whole: bool) -> list[Any]:
+        assert whole
         assert sequences == [(2, 0, len(ids), 0)]
         assert rows == [len(ids) - 1]
         self.calls.append(("prefill", len(ids)))

@@ -161,6 +161,48 @@ def test_decoding_beside_prompts_in_one_pass(gpu: Any, golden: GoldenModel, tmp_
         assert mixed[key].token == one.token or not is_clear
 
 
+@pytest.mark.parametrize("golden", ["llama2", "qwen3", "mistral_window", "llama_mqa"], indirect=True)
+@pytest.mark.parametrize("linear", ["bf16", "mxfp4"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_chosen_rows_alone_get_what_they_get_among_all(
+    gpu: Any, golden: GoldenModel, linear: str, invariant: bool, tmp_path: Path
+) -> None:
+    """The last layer for some tokens against the whole one: of one sequence, of the ends of some, of many."""
+    rng = np.random.default_rng(3)
+    counts = rng.integers(1, 60, 20).tolist()
+    firsts = np.concatenate([[0], np.cumsum(counts)[:-1]]).tolist()
+    vocab_size = golden.config["vocab_size"]
+    assert isinstance(vocab_size, int)
+    ids = rng.integers(0, vocab_size, sum(counts))
+    options = Options(max_seq_len=512) if linear == "bf16" else Options(linear=linear, max_seq_len=512)
+    with megalith.open(golden.pack(tmp_path, options)) as packed:
+        backend = CupyBackend(packed, max_sequences=24, max_seq_len=64, max_prefill_tokens=1280, batch_invariant=invariant)
+    caches = [backend.new_cache() for _ in counts]
+    for cache, count in zip(caches, counts, strict=True):
+        backend.reserve(cache, count)
+    sequences = [(cache.slot, first, count, 0) for cache, first, count in zip(caches, firsts, counts, strict=True)]
+    ends = [first + count - 1 for first, count in zip(firsts, counts, strict=True)]
+    for rows in ([ends[7]], ends[3:8], ends, [5, 2, *ends[:9]]):
+        backend.prefill(ids, sequences, [], whole=True)
+        whole = backend.logits_of(rows)
+        backend.prefill(ids, sequences, rows)
+        chosen = backend.read_logits(len(rows))
+        assert np.abs(whole).max() > 0.1
+        assert relative_error(chosen, whole) < 2e-2
+        if invariant and backend.limits.has_wgmma:
+            np.testing.assert_array_equal(chosen, whole)
+    backend.prefill(ids, sequences, [])  # leaves keys and values of all layers
+    for cache, count in zip(caches, counts, strict=True):
+        cache.length = count
+    backend.prefill(ids, sequences, ends)
+    first = backend.read_logits(len(ends))
+    slots, places = np.array([cache.slot for cache in caches], np.int32), np.array(counts, np.int32) - 1
+    for slot, end in zip(slots, ends, strict=True):
+        backend.set_last_token(int(slot), int(ids[end]))
+    backend.decode_step(places, slots)
+    assert relative_error(backend.read_logits(len(ends)), first) < 2e-2
+
+
 def run_all(
     executor: CupyExecutor, prompts: list[np.ndarray], parameters: list[SamplingParameters], count: int
 ) -> list[list[Sampled]]:

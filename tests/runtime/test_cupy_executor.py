@@ -39,7 +39,8 @@ class Backend:
     def send_table(self, slot: int, pages: Any) -> None:
         pass
 
-    def prefill(self, ids: Any, sequences: Any, rows: Any, num_decoded: int) -> None:
+    def prefill(self, ids: Any, sequences: Any, rows: Any, num_decoded: int, whole: bool) -> None:
+        assert not whole
         self.passes.append((ids.tolist(), sequences, rows, num_decoded))
 
     def decode_step(self, positions: Any, slots: Any, sampled: bool) -> None:

@@ -13,6 +13,7 @@ from fake_gpu import FakeGpu
 from golden_models import GoldenModel
 
 import megalith
+from megalith.runtime.attention_plan import PrefillAttention
 from megalith.runtime.check import NumpyPasses, bounded_prompt, compare, num_comparisons, random_prompt
 from megalith.runtime.cupy_passes import CupyPasses
 from megalith.runtime.gpu_buffers import Limits, device_buffers
@@ -99,6 +100,48 @@ def test_layers_that_are_alike_have_their_own_addresses(golden: GoldenModel, tmp
     for decoded in (0, 3):
         prefill = PrefillPass(64, 5, 2, decoded, *range(10, 16))
         assert program.prefill(prefill) == whole.prefill(prefill)
+        chosen = replace(prefill, num_last_items=2)
+        assert program.prefill(chosen) == whole.prefill(chosen)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("golden", ["qwen3"], indirect=True)
+def test_only_chosen_rows_go_through_the_last_layer(golden: GoldenModel, tmp_path: Path, arch: str) -> None:
+    program = gpu_program(golden.pack(tmp_path), arch)
+    step = PrefillPass(64, 5, 2, 0, *range(10, 16))
+    whole = program.prefill(step)
+    chosen = program.prefill(replace(step, num_last_items=2))
+    none = program.prefill(replace(step, num_rows=0, num_last_items=0))
+    at = next(i for i in reversed(range(len(whole))) if whole[i].operation.kind is Kind.ATTENTION)  # type: ignore[union-attr]
+    assert none == whole[:at]
+    assert chosen[:at] == whole[:at]
+    attention, taken, *following = chosen[at:]
+    assert attention.name == whole[at].name
+    assert taken.name == "take_rows.take_rows"
+    assert taken.grid[0] == 2
+    assert [launch.operation for launch in following] == [launch.operation for launch in whole[at + 1 :]]
+    x, chosen_x = program._places["x"], program._places["chosen_x"]
+    assert not [launch.name for launch in following if x in launch.args]
+    assert [launch.operation.kind for launch in following if chosen_x in launch.args] == [  # type: ignore[union-attr]
+        Kind.PROJECT, Kind.NORM, Kind.PROJECT, Kind.NORM,
+    ]  # fmt: skip
+
+
+def test_items_of_chosen_rows() -> None:
+    rng = np.random.default_rng(0)
+    for head_dim, group in ((128, 4), (64, 5), (128, 1)):
+        attention = PrefillAttention(head_dim, wgmma=True)
+        counts = rng.integers(1, 400, 9)
+        first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        sequences = np.stack([np.arange(9), first, counts, rng.integers(0, 50, 9)], axis=1).astype(np.int32)
+        items = attention.items(sequences, group, 0)
+        for rows in ([], [0], (first + counts - 1).tolist(), rng.integers(0, counts.sum(), 20).tolist()):
+            wanted = []
+            for number, tile in items.tolist():
+                heads = range(tile * attention.rows, min((tile + 1) * attention.rows, int(counts[number]) * group))
+                if {int(first[number]) + row // group for row in heads} & set(rows):
+                    wanted.append([number, tile])
+            assert attention.items_of_rows(items, sequences, group, rows).tolist() == wanted
 
 
 @pytest.mark.parametrize("golden", ["llama2", "mixtral"], indirect=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -58,7 +59,9 @@ def test_every_pass_finds_its_kernels(name: str, arch: str, mxfp4: bool, tmp_pat
         asked.program.decode(batch, 1, DecodePass(0, 0))
     counts = [*range(1, 40), *np.random.default_rng(0).integers(40, 1501, 60).tolist(), 1500]
     for count in counts:
-        asked.program.prefill(PrefillPass(count, 1, min(count, limits.max_sequences), *[0] * 7))
+        rows = min(count, limits.max_sequences)
+        asked.program.prefill(PrefillPass(count, 1, rows, *[0] * 7))
+        asked.program.prefill(replace(PrefillPass(count, 1, rows, *[0] * 7), num_last_items=1))
     asked.program.sample(1, 0, 0)
     asked.program.count_tokens(0, 0, 1, False)
     assert asked.kernels <= set(everything)
