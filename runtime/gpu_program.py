@@ -300,7 +300,7 @@ class GpuProgram:
             step.rows, self._places["x"], i32(config.hidden_size), self._places["chosen_x"], a, i32(columns), i32(pitch),
             self._places["chosen_a"], i32(chosen_pitch),
         )  # fmt: skip
-        return self._launch("take_rows", "take_rows", defines, (step.num_rows, 1, 1), (256, 1, 1), args, operation=op)
+        return self._launch("take_rows", "take_rows", defines, (step.num_rows, 1, 1), (256, 1, 1), args)
 
     def _following(self, op: Operation) -> Operation:
         return self._program[self._places_in_program[op] + 1]
