@@ -333,7 +333,7 @@ class CupyBackend:
         positions = np.concatenate([np.arange(before, before + count) for _, _, count, before in sequences])
         slots = np.repeat(table[:, 0], table[:, 2])
         fields = [ids, positions, slots, table, np.concatenate([items, last_items]), np.array(rows, np.int32)]
-        at = self._staging.send([field.astype(np.int32) for field in fields], self.stream)
+        at = self._staging.send(fields, self.stream)
         step = PrefillPass(count, len(items), len(rows), num_decoded, *at)
         if not whole:
             step = replace(step, num_last_items=len(last_items))

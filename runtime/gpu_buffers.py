@@ -137,8 +137,7 @@ def max_items(config: ModelConfig, limits: Limits) -> int:
 def staging_bytes(config: ModelConfig, limits: Limits) -> int:
     """Bytes that the host sends for one pass at most: see `gpu_staging.Fields`."""
     per_token, per_item = 3 * 4, 8
-    per_sequence = (
-        6 * 4 + 16 + per_item + 4 * -(-config.vocab_size // 32)
-    )  # a grammar's mask is a bit per token of the vocabulary
+    mask = 4 * -(-config.vocab_size // 32)  # of a grammar: a bit per token of the vocabulary
+    per_sequence = 6 * 4 + 16 + per_item + mask
     fields = per_token * limits.max_tokens + per_sequence * limits.max_sequences + per_item * max_items(config, limits)
     return padded(fields + 16 * 16, ALIGNMENT)

@@ -22,8 +22,8 @@ class Staging:
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(_RING)]
         self._turn = 0
 
-    def send(self, fields: Sequence[NDArray[np.int32]], stream: Any) -> list[int]:
-        """Device address of each field, once the stream gets there."""
+    def send(self, fields: Sequence[NDArray[np.signedinteger[Any]]], stream: Any) -> list[int]:
+        """Device address of each field, as int32, once the stream gets there."""
         memory, event = self._memory[self._turn], self._events[self._turn]
         self._turn = (self._turn + 1) % _RING
         event.synchronize()

@@ -59,7 +59,6 @@ class KernelNeeds:
         for count in counts:
             self._program.prefill(PrefillPass(count, 1, 0, *[0] * 7))
         for rows in row_counts:
-            self._program.head(rows, 0)
             self._program.chosen_rows(replace(PrefillPass(1, 1, rows, *[0] * 7), num_last_items=1))
         return list(self._noted)
 

@@ -65,13 +65,13 @@ CASES = {  # by kernel, the smallest that go through all of its parts
         "test_qkv_post.py::test_queries_and_cache[16-9-3-full-inf-BF16]",
     ),
     "rmsnorm": ("test_rmsnorm.py::test_norm[BF16-False-True-8-577]", "test_rmsnorm.py::test_norm[BF16-False-False-32-30]"),
-    "take_rows": ("test_take_rows.py::test_rows[BF16-8-False-False-33]", "test_take_rows.py::test_rows[F16-32-True-True-256]"),
     "sampling": (
         "test_sampling.py::test_draws_are_the_references[normal-1000]",
         "test_sampling.py::test_penalties_and_biases[333]",
         "test_sampling.py::test_masks_decide_the_token_and_not_the_log_probabilities[1000]",
         "test_sampling.py::test_decode_state_moves_on",
     ),
+    "take_rows": ("test_take_rows.py::test_rows[BF16-8-False-False-33]", "test_take_rows.py::test_rows[F16-32-True-True-256]"),
 }
 BETWEEN_WARPS = ("attention_prefill_wgmma", "gemm_wgmma")
 WHOLE_MODELS = ("test_backend.py::test_generation_follows_the_logits[llama2]",)  # graphs, staging; memcheck alone
