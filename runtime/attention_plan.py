@@ -57,9 +57,13 @@ class PrefillAttention:
         barriers, tiles = 8 * (4 + 4 * stages), 2 * 32
         return 1024 + 2 * queries + 2 * stages * tile + barriers + tiles
 
-    def grid(self, num_items: int, num_kv_heads: int, num_sms: int) -> tuple[int, int, int]:
+    def most_items(self, num_tokens: int, num_sequences: int, group: int) -> int:
+        """Length of the longest list that `items` gives."""
+        return num_tokens * group // self.rows + num_sequences
+
+    def grid(self, most_items: int, num_kv_heads: int, num_sms: int) -> tuple[int, int, int]:
         """Blocks: persistent ones with wgmma, else one for each item and key-value head."""
-        work = num_items * num_kv_heads
+        work = most_items * num_kv_heads
         return (min(num_sms, work) if self.wgmma else work), 1, 1
 
     def defines(self, dtype: str, tiled: bool, lane_columns: int = 8, sinks_f32: bool = False) -> dict[str, int | str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,14 @@ from .cupy_device import (
     planned_limits,
 )
 from .cupy_sequences import GpuSequence, SequencePlaces, generate
-from .gpu_buffers import Limits
+from .gpu_buffers import Limits, items_of_row
 from .gpu_program import DecodePass, GpuProgram, Places, PrefillPass
 from .gpu_staging import PinnedCopies, Staging
 from .kernel_spans import KernelSpans
 from .launch import Launch
 from .loaded_kernels import LoadedKernels, Wanted
 from .loading import LoadOptions, LoadReport, load, terminal_progress
-from .needed_kernels import KernelNeeds, batch_bucket, batch_buckets
+from .needed_kernels import KernelNeeds, batch_bucket, batch_buckets, prefill_bucket, prefill_buckets
 from .sampler import SamplingParameters
 from .trace import Trace, host_span
 
@@ -107,7 +107,9 @@ class CupyBackend:
         self._use_graphs = use_graphs
         self._kernels = LoadedKernels(trace)
         self._graphs: dict[DecodeKey, Any] = {}
+        self._prefill_graphs: dict[int, Any] = {}  # by the number of tokens, for all but the chosen rows
         self._prefill_launches: dict[PrefillPass, list[Launch]] = {}
+        self._chosen_rows: dict[PrefillPass, list[Launch]] = {}
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         wanted = planned_limits(packed, self.facts, self.max_seq_len, max_sequences, max_prefill_tokens, batch_invariant)
         with host_span(trace, "plan arena"):
@@ -208,7 +210,7 @@ class CupyBackend:
         return CupyExecutor(self)
 
     def warm_up(self) -> WarmUp:
-        """Load every kernel and run every pass once, decode steps over no sequence and a prefill into a page that is free (a
+        """Load every kernel and run every pass once, graphs over no sequence and a prefill into a page that is free (a
         new block table names page 0 throughout), so that neither this process nor the driver allocates anything later. Before
         the first sequence.
         """
@@ -221,6 +223,12 @@ class CupyBackend:
             for workers in attention.reachable_workers(self.limits.max_seq_len, batch):
                 for sampled in (False, True):
                     self._enqueue_decode(DecodeBatch(nobody, nobody, workers), sampled, self._use_graphs)
+        if self._use_graphs:
+            for count in prefill_buckets(self.limits.max_prefill_tokens):
+                self._prefill_graphs[count] = self._captured(
+                    self.program.all_rows(self._send_prefill([], [], [], False, count))
+                )
+                self._prefill_graphs[count].launch(self.stream)
         count = self.limits.max_prefill_tokens
         self.prefill(np.zeros(count, np.int64), longest_prefill(self.limits), [count - 1])
         nobody = np.array([-1], np.int32)
@@ -229,7 +237,7 @@ class CupyBackend:
         self.read_logits(1)
         self.executor.close()
         left, _ = self.cupy.cuda.runtime.memGetInfo()
-        return WarmUp(len(self._graphs), time.perf_counter() - begun, free - left)
+        return WarmUp(len(self._graphs) + len(self._prefill_graphs), time.perf_counter() - begun, free - left)
 
     # ---- passes over many sequences -----------------------------------------------------------------------------------
 
@@ -282,14 +290,17 @@ class CupyBackend:
             self._enqueue(self._decode_launches(key, step))
             return
         if key not in self._graphs:
-            launches = self._decode_launches(key, step)
-            with host_span(self.trace, "capture graph"):
-                self.stream.begin_capture()
-                try:
-                    self._enqueue(launches)
-                finally:
-                    self._graphs[key] = self.stream.end_capture()
+            self._graphs[key] = self._captured(self._decode_launches(key, step))
         self._graphs[key].launch(self.stream)
+
+    def _captured(self, launches: Sequence[Launch]) -> Any:
+        with host_span(self.trace, "capture graph"):
+            self.stream.begin_capture()
+            try:
+                self._enqueue(launches)
+            finally:
+                graph = self.stream.end_capture()
+        return graph
 
     def _decode_launches(self, key: DecodeKey, step: DecodePass) -> list[Launch]:
         batch, workers, sampled = key
@@ -304,47 +315,68 @@ class CupyBackend:
         ids: NDArray[np.int64],
         sequences: Sequence[tuple[int, int, int, int]],
         rows: Sequence[int],
-        num_decoded: int = 0,
         whole: bool = False,
     ) -> None:
         """Logits of at most `max_sequences` chosen rows. `sequences`: (slot, first row, tokens, positions before) of each.
 
-        The last `num_decoded` sequences have one token each, which is not in `ids` but what their slot was given last.
-        In the last layer all tokens get keys and values, but only the chosen rows go on from there, unless `whole`, so that
-        `logits_of` can ask for any other.
+        An id of -1 is what the slot was given last, for sequences of one token that decode. In the last layer all tokens get
+        keys and values, but only the chosen rows go on from there, unless `whole`, so that `logits_of` can ask for any other.
         """
         if self.kernel_spans is not None:
-            self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids) + num_decoded)
-        self._enqueue(self.prefill_launches(ids, sequences, rows, num_decoded, whole))
+            self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids))
+        bucket = prefill_bucket(len(ids))
+        if whole or bucket not in self._prefill_graphs:
+            self._enqueue(self.prefill_launches(ids, sequences, rows, whole))
+            return
+        step = self._send_prefill(ids, sequences, rows, whole, bucket)
+        self._prefill_graphs[bucket].launch(self.stream)
+        if step not in self._chosen_rows:
+            self._chosen_rows[step] = self.program.chosen_rows(step)
+        self._enqueue(self._chosen_rows[step])
 
     def prefill_launches(
         self,
         ids: NDArray[np.int64],
         sequences: Sequence[tuple[int, int, int, int]],
         rows: Sequence[int],
-        num_decoded: int = 0,
         whole: bool = False,
     ) -> list[Launch]:
         """Of a prefill, for one who enqueues them; what they read from the host is sent."""
-        table = np.array(sequences, np.int32)
-        attention, group, count = self.program.prefill_attention, self.program.group, len(ids) + num_decoded
-        items = attention.items(table, group, 0)
-        last_items = items[:0] if whole else attention.items_of_rows(items, table, group, rows)
-        positions = np.concatenate([np.arange(before, before + count) for _, _, count, before in sequences])
-        slots = np.repeat(table[:, 0], table[:, 2])
-        fields = [ids, positions, slots, table, np.concatenate([items, last_items]), np.array(rows, np.int32)]
-        at = self._staging.send(fields, self.stream)
-        step = PrefillPass(count, len(items), len(rows), num_decoded, *at)
-        if not whole:
-            step = replace(step, num_last_items=len(last_items))
+        step = self._send_prefill(ids, sequences, rows, whole, len(ids))
         if step not in self._prefill_launches:
             if len(self._prefill_launches) == _KEPT_PREFILLS:
                 self._prefill_launches.pop(next(iter(self._prefill_launches)))
             if not self._has_all_kernels:
-                self._kernels.load(self._needs.prefill([count], [len(rows)] if rows else []))
+                self._kernels.load(self._needs.prefill([step.num_tokens], [step.num_rows] if rows else []))
             with host_span(self.trace, "plan launches"):
                 self._prefill_launches[step] = self.program.prefill(step)
         return self._prefill_launches[step]
+
+    def _send_prefill(
+        self,
+        ids: NDArray[np.int64] | Sequence[int],
+        sequences: Sequence[tuple[int, int, int, int]],
+        rows: Sequence[int],
+        whole: bool,
+        num_tokens: int,
+    ) -> PrefillPass:
+        """Padded, so that what has the same size lies in the same places."""
+        table = np.array(sequences, np.int32).reshape(-1, 4)
+        attention, group, most_sequences = self.program.prefill_attention, self.program.group, self.limits.max_sequences
+        items = attention.items(table, group, 0)
+        last_items = items[:0] if whole else attention.items_of_rows(items, table, group, rows)
+        num_rows = batch_bucket(len(rows), most_sequences) if rows else 0
+        most_items = attention.most_items(num_tokens, most_sequences, group)
+        most_last_items = num_rows * items_of_row(group, attention.rows)
+        slots, firsts, counts, before = table.T
+        positions = np.arange(len(ids)) + np.repeat(before - firsts, counts)
+        fields = [
+            np.array([len(items), len(last_items)]),
+            _padded(ids, num_tokens), _padded(positions, num_tokens), _padded(np.repeat(slots, counts), num_tokens, -1),
+            _padded(table, most_sequences), _padded(items, most_items), _padded(last_items, most_last_items),
+            _padded(rows, num_rows),
+        ]  # fmt: skip
+        return PrefillPass(num_tokens, num_rows, most_items, *self._staging.send(fields, self.stream), whole=whole)
 
     def sample(self, rows: Rows, masks: Sequence[NDArray[np.int32] | None]) -> None:
         """A token for each row of logits, within its mask where it has one."""
@@ -418,3 +450,10 @@ class CupyBackend:
     def generate(self, tokens: NDArray[np.int64], parameters: SamplingParameters, count: int) -> Generator[int, None, None]:
         """At most `count` tokens after `tokens`, as they come; the device is one step ahead of what was yielded."""
         return generate(self, tokens, parameters, count)
+
+
+def _padded(values: NDArray[Any] | Sequence[int], count: int, filler: int = 0) -> NDArray[np.int32]:
+    """int32 [count, ...]."""
+    array = np.asarray(values, np.int32)
+    padding = np.full((count - len(array), *array.shape[1:]), filler, np.int32)
+    return np.concatenate([array, padding])

@@ -19,6 +19,7 @@ from .sampler import SamplingParameters, log_probabilities
 from .sampling_state import BIAS, MAX_BIASED_TOKENS, RESULT, SLOT
 
 MIXED_CONTEXT = 4096  # positions of a sequence that decodes in a pass that reads prompts
+_LAST_TOKEN = np.array([-1])
 _PENDING = 8  # sampled passes whose results may wait to be collected
 
 
@@ -147,15 +148,14 @@ class CupyExecutor:
         return fits and limits.has_wgmma and not limits.batch_invariant
 
     def _prefill(self, steps: list[SequenceStep], submitted: _Submitted) -> None:
-        """Steps without token ids are the last ones."""
-        ids = [step.token_ids for step in steps if step.token_ids is not None]
+        ids = np.concatenate([_LAST_TOKEN if step.token_ids is None else step.token_ids for step in steps])
         sampled = [step for step in steps if step.sample]
         ends = np.cumsum([step.num_tokens for step in steps])
         rows = [int(end) - 1 for step, end in zip(steps, ends, strict=True) if step.sample]
         firsts = [int(end) - step.num_tokens for step, end in zip(steps, ends, strict=True)]
         sequences = [(step.slot, first, step.num_tokens, step.start) for step, first in zip(steps, firsts, strict=True)]
         is_scored = any(step.targets is not None for step in steps)
-        self._backend.prefill(np.concatenate(ids), sequences, rows, len(steps) - len(ids), whole=is_scored)
+        self._backend.prefill(ids, sequences, rows, whole=is_scored)
         if sampled:
             self._sample(sampled, submitted)
         for step, (_, first, count, _) in zip(steps, sequences, strict=True):

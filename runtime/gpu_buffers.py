@@ -17,6 +17,7 @@ ROWS_TOKENS = 8  # tokens of a product by mma.sync where wgmma takes more
 COLUMN_UNIT = 128  # activations are padded to whole steps of every weight codec
 TILE_SLACK_TOKENS = 256  # a tile of tokens may reach beyond the last panel
 RING_STEPS = 4
+_LEAST_ROWS = 64  # query rows of a tile of attention
 ALIGNMENT = 4096
 
 
@@ -129,15 +130,21 @@ def gemm_workspace(limits: Limits) -> list[tuple[str, int, str]]:
 
 
 def max_items(config: ModelConfig, limits: Limits) -> int:
-    """Most tiles of at least 64 query rows that a prefill can have."""
+    """Most tiles of query rows that a prefill can have."""
     group = config.num_attention_heads // config.num_key_value_heads
-    return limits.max_tokens * group // 64 + limits.max_sequences
+    return limits.max_tokens * group // _LEAST_ROWS + limits.max_sequences
+
+
+def items_of_row(group: int, rows: int) -> int:
+    """Most tiles of so many query rows that one token's heads lie in."""
+    return (group + rows - 2) // rows + 1
 
 
 def staging_bytes(config: ModelConfig, limits: Limits) -> int:
     """Bytes that the host sends for one pass at most: see `gpu_staging.Fields`."""
     per_token, per_item = 3 * 4, 8
     mask = 4 * -(-config.vocab_size // 32)  # of a grammar: a bit per token of the vocabulary
-    per_sequence = 6 * 4 + 16 + per_item + mask
+    group = config.num_attention_heads // config.num_key_value_heads
+    per_sequence = 6 * 4 + 16 + per_item * items_of_row(group, _LEAST_ROWS) + mask
     fields = per_token * limits.max_tokens + per_sequence * limits.max_sequences + per_item * max_items(config, limits)
     return padded(fields + 16 * 16, ALIGNMENT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -63,19 +63,20 @@ class DecodePass:
 
 @dataclass(frozen=True)
 class PrefillPass:
-    """A prefill's sizes, and addresses of what the host sends for it."""
+    """A prefill's sizes, which may be more than there is, and addresses of what the host sends for it."""
 
-    num_tokens: int
-    num_items: int
+    num_tokens: int  # slots of those beyond the last are -1
     num_rows: int  # rows whose logits are wanted
-    num_decoded: int  # the last tokens: each is what its slot was given last, not one of `ids`
-    ids: int
+    most_items: int  # of the attention
+    num_items: int  # of a layer, and of a last one that is for `rows` alone
+    ids: int  # -1: what its slot was given last
     positions: int
     slots: int
     sequences: int
     items: int
+    last_items: int
     rows: int
-    num_last_items: int | None = None  # the last layer is for `rows` alone: their items follow the others; None: for all tokens
+    whole: bool = field(default=False, kw_only=True)  # the last layer is for all tokens, not for `rows` alone
 
 
 def element_of(index: Index) -> str:
@@ -144,7 +145,7 @@ class GpuProgram:
 
         norm, head = self._program[-2:]
         return [
-            self._embed(self._program[0], batch, self._places["last_token"], step.slots),
+            self._embed(self._program[0], batch, 0, step.slots),
             *self._of_layers(layer),
             self._norm(norm, batch, 0, self._reader_layout(norm), tiled),
             self._dense(head, batch, tiled),
@@ -152,12 +153,11 @@ class GpuProgram:
 
     def prefill(self, step: PrefillPass) -> list[Launch]:
         """Tokens of some sequences, to the logits of `num_rows` of them."""
+        return [*self.all_rows(step), *(self.head(step.num_rows, step.rows) if step.whole else self.chosen_rows(step))]
+
+    def all_rows(self, step: PrefillPass) -> list[Launch]:
+        """The part of a prefill that all tokens go through: to the last layer's keys and values, or to its end."""
         tiled, count = self._limits.has_wgmma, step.num_tokens
-        read = count - step.num_decoded
-        launches = [self._embed(self._program[0], read, step.ids, 0)]
-        if step.num_decoded:
-            slots = step.slots + 4 * read
-            launches.append(self._embed(self._program[0], step.num_decoded, self._places["last_token"], slots, read))
 
         def layer(ops: Sequence[Operation]) -> Iterator[Launch]:
             for op in ops:
@@ -171,18 +171,19 @@ class GpuProgram:
                 else:
                     yield self._dense(op, count, tiled)
 
-        if step.num_last_items is None:
-            return [*launches, *self._of_layers(layer), *self.head(step.num_rows, step.rows)]
+        embed = self._embed(self._program[0], count, step.ids, step.slots)
+        if step.whole:
+            return [embed, *self._of_layers(layer)]
         norm, qkv, *_ = self._layers[-1]
-        return [*launches, *self._of_layers(layer, len(self._layers) - 1), *layer((norm, qkv)), *self.chosen_rows(step)]
+        return [embed, *self._of_layers(layer, len(self._layers) - 1), *layer((norm, qkv))]
 
     def chosen_rows(self, step: PrefillPass) -> list[Launch]:
         """From the last layer's attention to logits, of chosen rows alone; the residual stream of all stays as it was."""
         count = step.num_rows
-        if not count or step.num_last_items is None:
+        if not count:
             return []
         _, _, attention, *following = self._layers[-1]
-        among = replace(step, num_items=step.num_last_items, items=step.items + 8 * step.num_items)
+        among = replace(step, num_items=step.num_items + 4, items=step.last_items)
         launches = [self._attention_prefill(attention, among, self._limits.has_wgmma), self._take_rows(attention, step)]
         chosen = copy(self)
         addresses = {"x": self._places["chosen_x"], "a_rows": self._places["chosen_a"], "a_tiled": self._places["chosen_a"]}
@@ -270,10 +271,12 @@ class GpuProgram:
         assert op.kind is Kind.HEAD
         return self._product(op, count, 0, "h", "logits", self.logits_pitch, tiled, config.vocab_size)
 
-    def _embed(self, op: Operation, count: int, ids: int, slots: int, first_row: int = 0) -> Launch:
-        config = self.config
-        x = self._places["x"] + 4 * first_row * config.hidden_size
-        args = (self._blob(op.weight), i32(config.vocab_size), i32(config.hidden_size), ids, slots, x)
+    def _embed(self, op: Operation, count: int, ids: int, slots: int) -> Launch:
+        config, places = self.config, self._places
+        args = (
+            self._blob(op.weight), i32(config.vocab_size), i32(config.hidden_size), ids, slots, places["last_token"],
+            places["x"],
+        )  # fmt: skip
         # the first launch of a pass waits for all that came before it: later ones may then read early
         return self._launch("embedding", "embedding", {}, (count, 1, 1), (256, 1, 1), args, early_start=False, operation=op)
 
@@ -395,10 +398,10 @@ class GpuProgram:
         defines = build.defines(self.element, tiled, _lane_columns(reader), sinks_f32)
         args = (
             self._places["q"], self._cache(op.layer), self._places["block_table"], i32(self._limits.pages_per_sequence),
-            step.sequences, step.items, i32(step.num_items), i32(config.num_key_value_heads), i32(self.group), i32(op.window),
+            step.sequences, step.items, step.num_items, i32(config.num_key_value_heads), i32(self.group), i32(op.window),
             f32(config.head_dim**-0.5), self._blob(op.sinks) if op.sinks >= 0 else 0, a, i32(pitch),
         )  # fmt: skip
-        grid = build.grid(step.num_items, config.num_key_value_heads, self._limits.num_sms)
+        grid = build.grid(step.most_items, config.num_key_value_heads, self._limits.num_sms)
         threads = (build.threads, 1, 1)
         return self._launch(build.name, build.name, defines, grid, threads, args, build.shared_bytes, operation=op)
 

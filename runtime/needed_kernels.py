@@ -7,7 +7,6 @@ layer only through the types and shapes of its blobs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -21,6 +20,7 @@ from .loaded_kernels import Wanted
 from .program import Operation, build_program
 
 TOKEN_UNIT = 16
+_PREFILL_UNIT, _MOST_IN_GRAPHS = 32, 1024
 
 
 class _Note:
@@ -57,9 +57,9 @@ class KernelNeeds:
         """Of prefills of so many tokens, with logits of so many rows; one may come with any of the other."""
         self._noted.clear()
         for count in counts:
-            self._program.prefill(PrefillPass(count, 1, 0, *[0] * 7))
+            self._program.all_rows(PrefillPass(count, 0, *[0] * 9))
         for rows in row_counts:
-            self._program.chosen_rows(replace(PrefillPass(1, 1, rows, *[0] * 7), num_last_items=1))
+            self._program.chosen_rows(PrefillPass(1, rows, *[0] * 9))
         return list(self._noted)
 
     def everything(self) -> list[Wanted]:
@@ -78,6 +78,16 @@ def batch_bucket(count: int, max_sequences: int) -> int:
 def batch_buckets(max_sequences: int) -> list[int]:
     """All of them, ascending."""
     return sorted({batch_bucket(count, max_sequences) for count in range(1, max_sequences + 1)})
+
+
+def prefill_bucket(count: int) -> int:
+    """Tokens of the graph that takes `count`."""
+    return -(-count // _PREFILL_UNIT) * _PREFILL_UNIT
+
+
+def prefill_buckets(max_prefill_tokens: int) -> list[int]:
+    """All of them, ascending. Longer prefills take the device longer than making their launches takes the host."""
+    return list(range(_PREFILL_UNIT, min(max_prefill_tokens, _MOST_IN_GRAPHS) + 1, _PREFILL_UNIT))
 
 
 def token_classes(most: int) -> list[int]:

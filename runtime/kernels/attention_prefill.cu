@@ -1,7 +1,7 @@
 // attention_prefill: causal attention of new tokens over the paged KV cache by mma.sync (sm_80 up), any even HEAD_DIM to 256.
 // Inputs, output and numerics: attention_prefill.cuh.
 //
-// grid: num_items * num_kv_heads; block: 128 = 4 warps of 16 rows each (ROWS 64), tiles of one page (KEYS 64).
+// grid: at least *num_items * num_kv_heads; block: 128 = 4 warps of 16 rows each (ROWS 64), tiles of one page (KEYS 64).
 // Dynamic shared memory: SHARED_BYTES = [q | k | v][PANELS][64 rows][64], swizzled as in the cache. The next K comes while V
 // is used, the next V while K is.
 #include "attention_prefill.cuh"
@@ -79,11 +79,12 @@ DEVICE void add_values(float (&o)[8 * STEPS], const float (&p)[32], u32 v, int l
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_prefill(const Element* q, const Element* kv, const int* block_table, int max_pages, const int4* sequences,
-                  const int2* items, int num_items, int num_kv_heads, int group, int window, float scale, const Sink* sinks,
-                  Element* y, int y_pitch) {
+                  const int2* items, const int* num_items, int num_kv_heads, int group, int window, float scale,
+                  const Sink* sinks, Element* y, int y_pitch) {
     extern __shared__ __align__(128) u8 shared[];
     launch_dependents();
     wait_for_previous();
+    if (blockIdx.x >= *num_items * num_kv_heads) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row_in_block = 16 * warp + lane / 4;
     const u32 queries = shared_address(shared), keys = queries + BUFFER_BYTES, values = keys + BUFFER_BYTES;
     const Tile tile = tile_of(blockIdx.x, items, sequences, num_kv_heads, group, window, ROWS);

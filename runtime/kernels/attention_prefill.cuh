@@ -11,7 +11,7 @@
 //            it. Slots that no row of a block may see are never used: they may hold anything, NaN included.
 // block_table int [max_sequences][max_pages]                page of positions 64 i to 64 i + 63
 // sequences  int4 [num_sequences]                           {row of block_table, first token in q, new tokens, tokens before}
-// items      int2 [num_items]                               {sequence, tile of ROWS rows}, longest first
+// items      int2 [*num_items]                              {sequence, tile of ROWS rows}, longest first
 // window     positions seen, self included; 0 for all
 // scale      of q k^T, positive: HEAD_DIM ** -0.5
 // sinks      [num_heads] E, or float with SINKS_F32; or null

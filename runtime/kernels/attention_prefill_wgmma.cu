@@ -1,7 +1,7 @@
 // attention_prefill_wgmma: causal attention of new tokens over the paged KV cache by wgmma (sm_90a), HEAD_DIM 64 or 128.
 // Inputs, output and numerics: attention_prefill.cuh.
 //
-// grid: min(number of SMs, num_items * num_kv_heads) persistent blocks; work i of the list goes to the blocks in turn, back
+// grid: min(number of SMs, most items * num_kv_heads) persistent blocks; work i of the list goes to the blocks in turn, back
 // and forth. block: 128 * (1 + CONSUMERS) = a producer warpgroup, then CONSUMERS warpgroups of 64 rows (ROWS 128 for
 // HEAD_DIM 128, 192 for 64); tiles of two pages (KEYS 128). Dynamic shared memory: SHARED_BYTES.
 //
@@ -323,7 +323,7 @@ DEVICE void consume(const Shared& shared, const Work& work, const Consumer& cons
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_prefill_wgmma(const Element* q, const Element* kv, const int* block_table, int max_pages, const int4* sequences,
-                        const int2* items, int num_items, int num_kv_heads, int group, int window, float scale,
+                        const int2* items, const int* num_items, int num_kv_heads, int group, int window, float scale,
                         const Sink* sinks, Element* y, int y_pitch) {
     extern __shared__ __align__(1024) u8 dynamic[];
     launch_dependents();
@@ -343,7 +343,7 @@ attention_prefill_wgmma(const Element* q, const Element* kv, const int* block_ta
     }
     __syncthreads();
     wait_for_previous();
-    const Work work = {items, sequences, num_items * num_kv_heads, num_kv_heads, group, window};
+    const Work work = {items, sequences, *num_items * num_kv_heads, num_kv_heads, group, window};
     const int warpgroup = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
     if (warpgroup == 0) {
         lower_registers<PRODUCER_REGISTERS>();

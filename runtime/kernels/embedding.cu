@@ -3,8 +3,10 @@
 // grid: number of tokens; block: 256, one thread per 16-byte piece (8 columns). Build: one of ELEMENT_BF16 / ELEMENT_F16.
 //
 // blob   E [ceil16(vocab_size) / 16][steps][16 rows][32 columns]   4096-byte aligned, steps = ceil32(hidden_size) / 32
-// ids    i32: token i has id ids[i], or ids[slots[i]] where slots is not null (decode: the last token of each slot)
-// slots  i32 [gridDim.x] or null; negative for rows that are not in use: they take id 0
+// ids          i32 [gridDim.x] or null: token i has id ids[i]; where that is negative, or there are none, what its slot was
+//              given last
+// slots        i32 [gridDim.x]; negative for rows that are not in use: they take id 0
+// last_tokens  i32, of each slot
 // x      float [gridDim.x][hidden_size]                            16-byte aligned
 //
 // Ids outside the vocabulary are clamped: nothing is read out of bounds.
@@ -17,11 +19,14 @@ constexpr int PIECE = 8;
 static_assert(STEP_COLUMNS % PIECE == 0, "a piece lies in one step");
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-embedding(const Element* blob, int vocab_size, int hidden_size, const int* ids, const int* slots, float* x) {
+embedding(const Element* blob, int vocab_size, int hidden_size, const int* ids, const int* slots,
+          const int* last_tokens, float* x) {
     launch_dependents();
     wait_for_previous();
-    const int token = blockIdx.x, place = slots == nullptr ? token : slots[token];
-    const int id = place < 0 ? 0 : min(max(ids[place], 0), vocab_size - 1);
+    const int token = blockIdx.x;
+    int id = ids == nullptr ? -1 : ids[token];
+    if (id < 0) id = slots[token] < 0 ? 0 : last_tokens[slots[token]];
+    id = min(max(id, 0), vocab_size - 1);
     const int steps = (hidden_size + STEP_COLUMNS - 1) / STEP_COLUMNS;
     const Element* row = blob + static_cast<u64>(id / 16) * steps * STEP_ELEMENTS + id % 16 * STEP_COLUMNS;
     float* out = x + static_cast<u64>(token) * hidden_size;

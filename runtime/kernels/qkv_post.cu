@@ -7,7 +7,8 @@
 // q_norm       [HEAD_DIM] or, "full", [Q]; k_norm [HEAD_DIM] or [K]; unused with QK_NORM 0
 // clip         largest magnitude, infinity for none
 // rope         float2 [positions][HALF]                  cos, sin
-// positions    int [num_tokens]; slots int [num_tokens], rows of the block table
+// positions    int [num_tokens]
+// slots        int [num_tokens], rows of the block table; negative for tokens that are not in use: nothing is done for them
 // block_table  int [max_sequences][max_pages]
 // q            E [num_tokens][num_heads][PADDED_DIM]     natural order, zero beyond HEAD_DIM, not scaled; 16-byte aligned
 // cache        E, one layer's                            qkv.cuh; 16-byte aligned
@@ -25,10 +26,12 @@ qkv_post(const float* qkv, int qkv_rows, int num_heads, int num_kv_heads, const 
     launch_dependents();
     wait_for_previous();
     const int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int slot = slots[token];
+    if (slot < 0) return;
     const float* row = qkv + static_cast<u64>(token) * qkv_rows;
     const int k_base = round_up_16(num_heads * HEAD_DIM), v_base = k_base + round_up_16(num_kv_heads * HEAD_DIM);
     const int position = positions[token];
-    const int page = block_table[static_cast<u64>(slots[token]) * max_pages + position / PAGE];
+    const int page = block_table[static_cast<u64>(slot) * max_pages + position / PAGE];
     const Rotation rotation(rope + static_cast<u64>(position) * HALF, lane);
     const HeadPairs q_weights = load_weights(q_norm, lane), k_weights = load_weights(k_norm, lane);
     float2 inverse_rms = make_float2(0.0f, 0.0f);

@@ -11,6 +11,7 @@ from kernel_inputs import as_bits, widen_bits
 
 from megalith.runtime.attention_plan import PrefillAttention
 from megalith.runtime.gpu_buffers import PAGE_TOKENS as PAGE
+from megalith.runtime.gpu_buffers import items_of_row
 
 NUM_SMS = 132
 POISON = 0xFFFF  # a NaN in both element types
@@ -130,16 +131,16 @@ def run(
     columns = num_heads * head_dim
     padded, tokens_padded = -(-columns // unit) * unit, -(-int(starts[-1]) // 8) * 8 + 8
     kernel = gpu.compile(build.name, build.name, **build.defines(case.dtype, tiled, lane_columns))
-    inputs = [gpu.array(x) for x in (queries, pool, table, sequences, items)]
+    inputs = [gpu.array(x) for x in (queries, pool, table, sequences, items, np.array([len(items)], np.int32))]
     results = []
     for _ in range(2):
         y = gpu.empty_poisoned((tokens_padded * padded,), np.uint16)
         args = (
-            *inputs[:3], np.int32(table.shape[1]), *inputs[3:], np.int32(len(items)), np.int32(num_kv_heads), np.int32(group),
+            *inputs[:3], np.int32(table.shape[1]), *inputs[3:], np.int32(num_kv_heads), np.int32(group),
             np.int32(case.window), np.float32(head_dim**-0.5), gpu.array(case.sinks) if case.sinks is not None else 0, y,
             np.int32(tokens_padded if tiled else padded),
         )  # fmt: skip
-        grid = build.grid(len(items), num_kv_heads, num_sms)
+        grid = build.grid(len(items) + 2, num_kv_heads, num_sms)  # the list may be shorter than it could be
         gpu.launch(kernel, grid, (build.threads, 1, 1), args, shared_bytes=build.shared_bytes)
         results.append(gpu.get(y))
     np.testing.assert_array_equal(results[0], results[1])
@@ -230,6 +231,19 @@ def test_work_lists_hold_every_row_once_and_the_longest_first() -> None:
     items = build.items(np.array([[0, 0, 100, 0], [1, 100, 33, 500]], np.int32), 4, 0)
     assert items.tolist() == [[1, 1], [1, 0], [0, 3], [0, 2], [0, 1], [0, 0]]
     assert build.items(np.array([[0, 0, 129, 0]], np.int32), 1, 16).tolist() == [[0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("build", [PrefillAttention(64, True), PrefillAttention(128, True), PrefillAttention(80, False)])
+def test_work_lists_are_no_longer_than_planned(build: PrefillAttention) -> None:
+    rng = np.random.default_rng(0)
+    for group in (1, 3, 5, 71):
+        for counts in ([1] * 9, [65, 64, 63], rng.integers(1, 300, 5).tolist()):
+            first = np.cumsum([0, *counts])[:-1]
+            sequences = np.array([(i, at, n, 0) for i, (at, n) in enumerate(zip(first, counts, strict=True))], np.int32)
+            items = build.items(sequences, group, 0)
+            assert len(items) <= build.most_items(sum(counts), len(counts), group)
+            for row in range(sum(counts)):
+                assert 1 <= len(build.items_of_rows(items, sequences, group, [row])) <= items_of_row(group, build.rows)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -138,8 +138,9 @@ def test_decoding_beside_prompts_in_one_pass(gpu: Any, golden: GoldenModel, tmp_
     late = rng.integers(0, vocab_size, 150)
     found = []
     with megalith.open(golden.pack(tmp_path, Options(max_seq_len=512))) as packed:
-        for together in (False, True):
-            executor = CupyExecutor(CupyBackend(packed, max_sequences=4, max_seq_len=512, max_prefill_tokens=512))
+        for together, warm in ((False, False), (True, False), (True, True)):
+            backend = CupyBackend(packed, max_sequences=4, max_seq_len=512, max_prefill_tokens=512, warm=warm)
+            executor = CupyExecutor(backend)
             tables = [tuple(range(8 * slot, 8 * slot + 8)) for slot in range(4)]
             for slot, prompt in enumerate([*prompts, late]):
                 executor.start(slot, SamplingParameters(top_logprobs=2), prompt.tolist())
@@ -153,21 +154,25 @@ def test_decoding_beside_prompts_in_one_pass(gpu: Any, golden: GoldenModel, tmp_
                 assert executor._go_together([chunk], decode) is (gpu.arch == "sm_90a" and golden.name == "qwen3")
                 results += [sampled for steps in passes for sampled in executor.collect(executor.submit(steps))]
             found.append({(sampled.slot, i): sampled for i, sampled in enumerate(sorted(results, key=lambda one: one.slot))})
-    apart, mixed = found
-    assert apart.keys() == mixed.keys()
-    for key, one in sorted(apart.items()):
-        assert mixed[key].top[0][1] == pytest.approx(one.top[0][1], abs=0.05)
-        is_clear = one.top[0][1] - one.top[1][1] > 0.1
-        assert mixed[key].token == one.token or not is_clear
+    apart, *others = found
+    for mixed in others:
+        assert apart.keys() == mixed.keys()
+        for key, one in sorted(apart.items()):
+            assert mixed[key].top[0][1] == pytest.approx(one.top[0][1], abs=0.05)
+            is_clear = one.top[0][1] - one.top[1][1] > 0.1
+            assert mixed[key].token == one.token or not is_clear
 
 
 @pytest.mark.parametrize("golden", ["llama2", "qwen3", "mistral_window", "llama_mqa"], indirect=True)
 @pytest.mark.parametrize("linear", ["bf16", "mxfp4"])
 @pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
 def test_chosen_rows_alone_get_what_they_get_among_all(
-    gpu: Any, golden: GoldenModel, linear: str, invariant: bool, tmp_path: Path
+    gpu: Any, golden: GoldenModel, linear: str, invariant: bool, warm: bool, tmp_path: Path
 ) -> None:
-    """The last layer for some tokens against the whole one: of one sequence, of the ends of some, of many."""
+    """The last layer for some tokens against the whole one: of one sequence, of the ends of some, of many; `warm`: as a graph
+    of more tokens than there are.
+    """
     rng = np.random.default_rng(3)
     counts = rng.integers(1, 60, 20).tolist()
     firsts = np.concatenate([[0], np.cumsum(counts)[:-1]]).tolist()
@@ -176,7 +181,10 @@ def test_chosen_rows_alone_get_what_they_get_among_all(
     ids = rng.integers(0, vocab_size, sum(counts))
     options = Options(max_seq_len=512) if linear == "bf16" else Options(linear=linear, max_seq_len=512)
     with megalith.open(golden.pack(tmp_path, options)) as packed:
-        backend = CupyBackend(packed, max_sequences=24, max_seq_len=64, max_prefill_tokens=1280, batch_invariant=invariant)
+        sizes = {"max_sequences": 24, "max_seq_len": 64, "max_prefill_tokens": 1280}
+        backend = CupyBackend(packed, **sizes, batch_invariant=invariant, warm=warm)  # type: ignore[arg-type]
+    assert sum(counts) % 32
+    assert sum(counts) < 1024
     caches = [backend.new_cache() for _ in counts]
     for cache, count in zip(caches, counts, strict=True):
         backend.reserve(cache, count)

@@ -153,24 +153,27 @@ def test_queries_and_cache(gpu: Any, heads: Heads) -> None:
     slots = np.repeat([slot for slot, _, _ in lengths], [last - first for _, first, last in lengths]).astype(np.int32)
     table = rng.permutation(20).astype(np.int32).reshape(4, 5)
     inputs = draw_inputs(rng, heads, len(positions), 256)
+    unused = np.full(2, -1, np.int32)  # behind the others
     kernel = gpu.compile("qkv_post", "qkv_post", **heads.defines)
-    given = (gpu.array(stored_rows(heads, inputs)), gpu.array(inputs.q_weight), gpu.array(inputs.k_weight))
-    constants = [gpu.array(x) for x in (inputs.rope, positions, slots, table)]
+    rows = np.pad(stored_rows(heads, inputs), ((0, len(unused)), (0, 0)), constant_values=np.nan)
+    given = (gpu.array(rows), gpu.array(inputs.q_weight), gpu.array(inputs.k_weight))
+    constants = [gpu.array(x) for x in (inputs.rope, np.append(positions, unused), np.append(slots, unused), table)]
     found = []
     for blocks in (1, 2, 2):  # the same results however the heads are spread
-        q = gpu.empty_poisoned((len(positions), heads.num_heads, heads.pitch), np.uint16)
+        q = gpu.empty_poisoned((len(rows), heads.num_heads, heads.pitch), np.uint16)
         pool = gpu.array(empty_pool(heads, table.size))
         args = (
             given[0], np.int32(given[0].shape[1]), np.int32(heads.num_heads), np.int32(heads.num_kv_heads), *given[1:],
             np.float32(EPS), np.float32(heads.clip), *constants, np.int32(table.shape[1]), q, pool,
         )  # fmt: skip
-        gpu.launch(kernel, (len(positions), blocks, 1), (256, 1, 1), args)
+        gpu.launch(kernel, (len(rows), blocks, 1), (256, 1, 1), args)
         found.append((gpu.get(q), gpu.get(pool)))
         np.testing.assert_array_equal(found[0][0], found[-1][0])
         np.testing.assert_array_equal(found[0][1], found[-1][1])
     expected_q, expected_k, expected_v = prepared(heads, inputs, positions)
     (q, pool), places = found[0], cache_places(heads, table[slots, positions // PAGE], positions)
-    assert_rounded(q, expected_q, heads.dtype)
+    assert (q[len(positions) :] == POISON).all()
+    assert_rounded(q[: len(positions)], expected_q, heads.dtype)
     assert_rounded(pool[places[:, 0]], expected_k, heads.dtype)
     np.testing.assert_array_equal(pool[places[:, 1, :, : heads.head_dim]], as_bits(expected_v, heads.dtype))
     assert not pool[places[:, 1, :, heads.head_dim :]].any()

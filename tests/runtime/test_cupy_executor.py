@@ -15,7 +15,7 @@ from megalith.runtime.gpu_buffers import Limits
 
 
 class Backend:
-    """What an executor asks of a backend; passes are (ids, sequences, rows, decoded) of prefills, (positions, slots) else."""
+    """What an executor asks of a backend; passes are (ids, sequences, rows) of prefills, (positions, slots) else."""
 
     def __init__(self, has_wgmma: bool = True, batch_invariant: bool = False) -> None:
         self.limits = Limits(8, 8192, 256, 100, 132, 228 << 10, has_wgmma, batch_invariant)
@@ -39,9 +39,9 @@ class Backend:
     def send_table(self, slot: int, pages: Any) -> None:
         pass
 
-    def prefill(self, ids: Any, sequences: Any, rows: Any, num_decoded: int, whole: bool) -> None:
+    def prefill(self, ids: Any, sequences: Any, rows: Any, whole: bool) -> None:
         assert not whole
-        self.passes.append((ids.tolist(), sequences, rows, num_decoded))
+        self.passes.append((ids.tolist(), sequences, rows))
 
     def decode_step(self, positions: Any, slots: Any, sampled: bool) -> None:
         self.passes.append((positions.tolist(), slots.tolist()))
@@ -67,10 +67,10 @@ def test_decoding_shares_the_pass_of_prompts() -> None:
     backend = Backend()
     executor = CupyExecutor(backend)  # type: ignore[arg-type]
     ticket = executor.submit([decode(4, 77), chunk(1, 0, 3, False), decode(2, 5), chunk(0, 10, 2, True)])
-    [(ids, sequences, rows, num_decoded)] = backend.passes
-    assert ids == [0, 1, 2, 0, 1]
+    [(ids, sequences, rows)] = backend.passes
+    assert ids == [0, 1, 2, 0, 1, -1, -1]
     assert sequences == [(1, 0, 3, 0), (0, 3, 2, 10), (4, 5, 1, 77), (2, 6, 1, 5)]
-    assert (rows, num_decoded) == ([4, 5, 6], 2)
+    assert rows == [4, 5, 6]
     assert backend.sampled == [[0, 4, 2]]
     assert [sampled.slot for sampled in executor.collect(ticket)] == [4, 2, 0]
 
@@ -87,11 +87,11 @@ def test_decoding_shares_the_pass_of_prompts() -> None:
 def test_other_steps_have_a_pass_of_their_own(backend: Backend, steps: list[SequenceStep]) -> None:
     CupyExecutor(backend).submit(steps)  # type: ignore[arg-type]
     (prefill, step) = backend.passes
-    assert prefill[3] == 0
+    assert -1 not in prefill[0]
     assert step == ([steps[1].start], [1])
 
 
 def test_only_the_last_chunks_have_company() -> None:
     backend = Backend()
     CupyExecutor(backend).submit([chunk(0, 0, 200, True), chunk(2, 0, 100, True), decode(1, 5)])  # type: ignore[arg-type]
-    assert [(len(ids), num_decoded) for ids, _, _, num_decoded in backend.passes] == [(200, 0), (100, 1)]
+    assert [(len(ids), ids.count(-1)) for ids, _, _ in backend.passes] == [(200, 0), (101, 1)]

@@ -71,11 +71,8 @@ def test_launches_of_both_passes_know_their_operation(golden: GoldenModel, tmp_p
         names = packed.index.blobs.names
         wanted = [op for op in build_program(packed.index) if op.kind is not Kind.NORM]
     decode = program.decode(1, 1, DecodePass(0, 0))
-    prefill = program.prefill(PrefillPass(64, 1, 1, *[0] * 7))
-    mixed = program.prefill(PrefillPass(64, 1, 1, 3, *[0] * 6))
-    assert [launch.grid[0] for launch in mixed[:2]] == [61, 3]
-    assert len(mixed) == len(prefill) + 1
-    for launches in (decode, prefill, mixed):
+    prefill = program.prefill(PrefillPass(64, 1, *[0] * 9, whole=True))
+    for launches in (decode, prefill):
         found = [launch.operation for launch in launches if launch.operation and launch.operation.kind is not Kind.NORM]
         in_order = [op for i, op in enumerate(found) if i == 0 or op != found[i - 1]]  # qkv_proj and what follows it
         assert in_order == wanted
@@ -97,21 +94,19 @@ def test_layers_that_are_alike_have_their_own_addresses(golden: GoldenModel, tmp
     for batch in (1, 4):
         step = DecodePass(7, 8)
         assert program.decode(batch, 2, step) == whole.decode(batch, 2, step)
-    for decoded in (0, 3):
-        prefill = PrefillPass(64, 5, 2, decoded, *range(10, 16))
+    for is_whole in (False, True):
+        prefill = PrefillPass(64, 2, 5, *range(10, 18), whole=is_whole)
         assert program.prefill(prefill) == whole.prefill(prefill)
-        chosen = replace(prefill, num_last_items=2)
-        assert program.prefill(chosen) == whole.prefill(chosen)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("golden", ["qwen3"], indirect=True)
 def test_only_chosen_rows_go_through_the_last_layer(golden: GoldenModel, tmp_path: Path, arch: str) -> None:
     program = gpu_program(golden.pack(tmp_path), arch)
-    step = PrefillPass(64, 5, 2, 0, *range(10, 16))
-    whole = program.prefill(step)
-    chosen = program.prefill(replace(step, num_last_items=2))
-    none = program.prefill(replace(step, num_rows=0, num_last_items=0))
+    step = PrefillPass(64, 2, 5, *range(10, 18))
+    whole = program.prefill(replace(step, whole=True))
+    chosen = program.prefill(step)
+    none = program.prefill(replace(step, num_rows=0))
     at = next(i for i in reversed(range(len(whole))) if whole[i].operation.kind is Kind.ATTENTION)  # type: ignore[union-attr]
     assert none == whole[:at]
     assert chosen[:at] == whole[:at]

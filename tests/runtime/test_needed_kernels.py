@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -60,8 +59,8 @@ def test_every_pass_finds_its_kernels(name: str, arch: str, mxfp4: bool, tmp_pat
     counts = [*range(1, 40), *np.random.default_rng(0).integers(40, 1501, 60).tolist(), 1500]
     for count in counts:
         rows = min(count, limits.max_sequences)
-        asked.program.prefill(PrefillPass(count, 1, rows, *[0] * 7))
-        asked.program.prefill(replace(PrefillPass(count, 1, rows, *[0] * 7), num_last_items=1))
+        for whole in (False, True):
+            asked.program.prefill(PrefillPass(count, rows, *[0] * 9, whole=whole))
     asked.program.sample(1, 0, 0)
     asked.program.count_tokens(0, 0, 1, False)
     assert asked.kernels <= set(everything)
@@ -100,7 +99,7 @@ def test_a_bench_gets_its_kernels_at_once(tmp_path: Path) -> None:
     for batch in (1, 16, 20):
         asked.program.decode(batch, 1, DecodePass(0, 0))
     for count in (512, 1500):
-        asked.program.prefill(PrefillPass(count, 1, 0, *[0] * 7))
+        asked.program.prefill(PrefillPass(count, 0, *[0] * 9))
     asked.program.head(1, 0)
     [loaded] = loads
     assert asked.kernels <= loaded

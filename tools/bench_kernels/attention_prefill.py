@@ -26,8 +26,8 @@ def _row(gpu: Any, build: PrefillAttention, name: str, num_heads: int, num_kv_he
     kernel = gpu.compile(build.name, build.name, **build.defines("BF16", tiled=True))
     args = (
         q, kv, gpu.array(rng.permutation(num_pages).astype(np.int32)), np.int32(num_pages), gpu.array(sequences),
-        gpu.array(items),
-        np.int32(len(items)), np.int32(num_kv_heads), np.int32(group), np.int32(0), np.float32(build.head_dim**-0.5), 0, y,
+        gpu.array(items), gpu.array(np.array([len(items)], np.int32)), np.int32(num_kv_heads),
+        np.int32(group), np.int32(0), np.float32(build.head_dim**-0.5), 0, y,
         np.int32(num_tokens),
     )  # fmt: skip
     grid = build.grid(len(items), num_kv_heads, gpu.num_sms)
