@@ -13,7 +13,8 @@ from itertools import product
 TOKEN_TILES = (16, 32, 64, 96, 128, 160, 192, 224, 256)
 SPLIT_TILES = (16, 32, 64)
 SHARED_LIMIT_BYTES = 227 << 10
-EPILOGUE_STORE, EPILOGUE_ADD, EPILOGUE_SWIGLU = 0, 1, 2
+EPILOGUE_STORE, EPILOGUE_ADD, EPILOGUE_SWIGLU, EPILOGUE_QKV = 0, 1, 2, 3
+FUSED_HEAD_DIMS = (64, 128)  # of EPILOGUE_QKV
 
 _STEP_COLUMNS = {"tile16x512": 32, "mxfp4": 128}
 _STEP_BYTES = {"tile16x512": 1024, "mxfp4": 1088}
@@ -21,6 +22,7 @@ _GROUP_ROWS = 64
 _GROUP_THREADS = 128
 _MAX_STAGES = 32
 _MOST_TOKENS = {1: 256, 2: 256, 3: 160}  # of row groups, as registers allow
+_MOST_FUSED_MXFP4_TOKENS = 224  # likewise, where MXFP4 is decoded and queries and keys are made
 _BAND_BYTES = 16 << 20  # of activations that stay in the L2 cache while the weights pass
 _PANEL_COLUMNS = 64
 
@@ -30,7 +32,8 @@ _PANEL_COLUMNS = 64
 _COPY_BYTES_PER_CYCLE = 60
 _PANEL_CYCLES, _PANEL_CYCLES_PER_TOKEN, _PANEL_CYCLES_PER_GROUP = 240, 1.4, 150
 _EXCHANGE_CYCLES_PER_TOKEN, _MEMORY_BYTES_PER_CYCLE = 150, 1420  # of a divided product, by all multiprocessors
-_END_CYCLES_PER_VALUE = {EPILOGUE_STORE: 0.2, EPILOGUE_ADD: 0.1, EPILOGUE_SWIGLU: 0.3}
+_END_CYCLES_PER_VALUE = {EPILOGUE_STORE: 0.2, EPILOGUE_ADD: 0.1, EPILOGUE_SWIGLU: 0.3, EPILOGUE_QKV: 0.3}
+_QKV_POST_CYCLES, _QKV_POST_CYCLES_PER_TOKEN = 9000, 25
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class GemmShape:
     tile_tokens: int
     row_groups: int
     split: bool = False
+    head_dim: int = 0  # with EPILOGUE_QKV
 
     @property
     def threads(self) -> int:
@@ -66,7 +70,14 @@ class GemmShape:
 
     @property
     def _staging_bytes(self) -> int:
-        """Of each warpgroup all 32 columns of SwiGLU, else of each of its warps two buffers of 8 tokens of 20 floats."""
+        """Of each warpgroup all 32 columns of SwiGLU, else of each of its warps two buffers of 8 tokens of 20 floats.
+
+        With EPILOGUE_QKV two buffers of each head, and of each token six numbers a warpgroup, or ten of two.
+        """
+        if self.epilogue == EPILOGUE_QKV:
+            groups = self.head_dim // _GROUP_ROWS  # of a head
+            buffers = 2 * 2 * min(32, self.tile_tokens) * (self.head_dim + 8)
+            return self.row_groups // groups * (buffers + 4 * (4 * groups + 2) * self.tile_tokens)
         return self.row_groups * (2 * 32 * self.tile_tokens if self.epilogue == EPILOGUE_SWIGLU else 4 * 2 * 8 * 20 * 4)
 
     @property
@@ -81,7 +92,8 @@ class GemmShape:
 
     def defines(self) -> dict[str, int | str]:
         """What follows from the shape; element types, Y_LANE_COLUMNS, BIAS_F32 and Y_SCALAR are the caller's."""
-        return {
+        heads: dict[str, int | str] = {"STAGED_BYTES": self._staging_bytes} if self.epilogue == EPILOGUE_QKV else {}
+        return heads | {
             "CODEC_MXFP4": int(self.layout == "mxfp4"),
             "EPILOGUE": self.epilogue,
             "TILE_TOKENS": self.tile_tokens,
@@ -120,14 +132,38 @@ def gemm_shape(
 
     `invariant`: what a token gets does not depend on their number.
     """
-    shapes = [
-        GemmShape(layout, epilogue, tile, groups)
-        for groups, tile in product((2, 3, 1), reversed(TOKEN_TILES))
-        if tile <= _MOST_TOKENS[groups] and (tile >= 64 or tile >= num_tokens)  # several narrow ones take longer
-    ]
+    shapes = _whole_shapes(layout, epilogue, num_tokens)
     if not invariant:
         shapes += [GemmShape(layout, epilogue, tile, 1, split=True) for tile in SPLIT_TILES if tile >= num_tokens]
     return min(shapes, key=lambda shape: _cycles(shape, rows, columns, num_tokens, num_sms))
+
+
+@cache
+def qkv_shape(
+    layout: str, rows: int, columns: int, num_tokens: int, num_sms: int, head_dim: int, invariant: bool = False
+) -> GemmShape | None:
+    """The build for a fused projection that goes on to queries and cache; None where a kernel for that alone ends earlier."""
+    if head_dim not in FUSED_HEAD_DIMS:
+        return None
+    shapes = _whole_shapes(layout, EPILOGUE_QKV, num_tokens, head_dim)
+    fused = min(shapes, key=lambda shape: _cycles(shape, rows, columns, num_tokens, num_sms))
+    if invariant:
+        return fused
+    apart = gemm_shape(layout, EPILOGUE_STORE, rows, columns, num_tokens, num_sms)
+    following = _QKV_POST_CYCLES + _QKV_POST_CYCLES_PER_TOKEN * num_tokens
+    both = _cycles(apart, rows, columns, num_tokens, num_sms) + following
+    return fused if _cycles(fused, rows, columns, num_tokens, num_sms) <= both else None
+
+
+def _whole_shapes(layout: str, epilogue: int, num_tokens: int, head_dim: int = 0) -> list[GemmShape]:
+    most = _MOST_FUSED_MXFP4_TOKENS if head_dim and layout == "mxfp4" else max(TOKEN_TILES)
+    return [
+        GemmShape(layout, epilogue, tile, groups, head_dim=head_dim)
+        for groups, tile in product((2, 3, 1), reversed(TOKEN_TILES))
+        if tile <= min(_MOST_TOKENS[groups], most)
+        and (tile >= 64 or tile >= num_tokens)  # several narrow ones take longer
+        and not groups * _GROUP_ROWS % max(head_dim, 1)
+    ]
 
 
 def _cycles(shape: GemmShape, rows: int, columns: int, num_tokens: int, num_sms: int) -> float:

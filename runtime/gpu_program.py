@@ -18,7 +18,7 @@ from megalith.format.tiles import padded
 
 from .attention_plan import WGMMA_HEAD_DIMS, PrefillAttention, decode_attention
 from .compile import Build
-from .gemm_plan import gemm_shape
+from .gemm_plan import GemmShape, gemm_shape, qkv_shape
 from .gpu_buffers import COLUMN_UNIT, RING_STEPS, ROWS_TOKENS, Limits, page_bytes, qkv_rows
 from .launch import Argument, Dim3, Launch
 from .linear_plan import THREADS, linear_shape
@@ -164,8 +164,7 @@ class GpuProgram:
                 if op.kind is Kind.NORM:
                     yield self._norm(op, count, 0, self._reader_layout(op), tiled)
                 elif op.kind is Kind.QKV:
-                    yield self._product(op, count, 0, "h", "qkv", self._qkv_rows, tiled)
-                    yield self._qkv_post(op, step)
+                    yield from self._qkv(op, step, tiled)
                 elif op.kind is Kind.ATTENTION:
                     yield self._attention_prefill(op, step, tiled)
                 else:
@@ -351,22 +350,28 @@ class GpuProgram:
         y: tuple[int, int, int],
         reader: str,
     ) -> Launch:
-        num_sms, (address, pitch, columns) = self._limits.num_sms, y
+        _, pitch, columns = y
         invariant = self._limits.batch_invariant
-        shape = gemm_shape(blob.layout, epilogue, blob.rows, blob.columns, count, num_sms, invariant)
+        shape = gemm_shape(blob.layout, epilogue, blob.rows, blob.columns, count, self._limits.num_sms, invariant)
         if epilogue == 2:
             columns = padded(columns, 128 if reader == "mxfp4" else 64)
-        defines = {
-            **shape.defines(), "Y_LANE_COLUMNS": _lane_columns(reader),
-            "BIAS_F32": self._is_f32(op.bias) if op.bias >= 0 else 0,
-            "Y_SCALAR": int(epilogue != 2 and bool(columns % 4 or pitch % 4)),
+        defines: dict[str, int | str] = {
+            "Y_LANE_COLUMNS": _lane_columns(reader), "Y_SCALAR": int(epilogue != 2 and bool(columns % 4 or pitch % 4)),
         }  # fmt: skip
+        return self._wgmma_launch(op, blob, count, shape, x, (y[0], pitch, columns), defines)
+
+    def _wgmma_launch(
+        self, op: Operation, blob: BlobEntry, count: int, shape: GemmShape, x: tuple[int, int], y: tuple[int, int, int],
+        others: Mapping[str, int | str], more: tuple[Argument, ...] = (),
+    ) -> Launch:  # fmt: skip
+        num_sms, (address, pitch, columns) = self._limits.num_sms, y
+        defines = {**shape.defines(), "BIAS_F32": self._is_f32(op.bias) if op.bias >= 0 else 0, **others}
         step_columns = 128 if blob.layout == "mxfp4" else 32
         args = (
             self._blob(op.weight), i32(blob.rows // 16), i32(blob.columns // step_columns), x[0], i32(x[1]), i32(count),
             address,
             i32(pitch), i32(columns), self._blob(op.bias) if op.bias >= 0 else 0, f32(self.config.swiglu_limit or 0.0),
-            i32(shape.token_band(blob.columns, count)), self._places["gemm_partials"], self._places["gemm_flags"],
+            i32(shape.token_band(blob.columns, count)), self._places["gemm_partials"], self._places["gemm_flags"], *more,
         )  # fmt: skip
         grid = (num_sms, 1, 1)
         threads = (shape.threads, 1, 1)
@@ -379,16 +384,32 @@ class GpuProgram:
             "NORM_F32": self._is_f32(qkv.q_norm) if qkv.q_norm >= 0 else 0,
         }  # fmt: skip
 
-    def _qkv_post(self, op: Operation, step: PrefillPass) -> Launch:
-        config = self.config
-        args = (
-            self._places["qkv"], i32(self._qkv_rows), i32(config.num_attention_heads), i32(config.num_key_value_heads),
-            self._blob(op.q_norm) if op.q_norm >= 0 else 0, self._blob(op.k_norm) if op.k_norm >= 0 else 0,
-            f32(config.rms_norm_eps), self._clip(), self._places.rope, step.positions, step.slots,
-            self._places["block_table"], i32(self._limits.pages_per_sequence), self._places["q"], self._cache(op.layer),
+    def _qkv(self, op: Operation, step: PrefillPass, tiled: bool) -> Iterator[Launch]:
+        """Queries, and keys and values in the cache, of a prefill: by one kernel where that is faster."""
+        config, blob, count = self.config, self._blobs[op.weight], step.num_tokens
+        heads = i32(config.num_attention_heads), i32(config.num_key_value_heads)
+        norms = self._blob(op.q_norm) if op.q_norm >= 0 else 0, self._blob(op.k_norm) if op.k_norm >= 0 else 0
+        numbers = f32(config.rms_norm_eps), self._clip()
+        where = (
+            self._places.rope, step.positions, step.slots, self._places["block_table"], i32(self._limits.pages_per_sequence),
         )  # fmt: skip
-        grid = (step.num_tokens, 1, 1)
-        return self._launch("qkv_post", "qkv_post", self._qkv_defines(op), grid, (256, 1, 1), args, operation=op)
+        shape = None
+        if tiled and config.qk_norm != "full":
+            shape = qkv_shape(
+                blob.layout, blob.rows, blob.columns, count, self._limits.num_sms, config.head_dim, self._limits.batch_invariant
+            )
+        if shape is not None:
+            x = self._activation("h", config.hidden_size, count, tiled)
+            more = (*norms, *numbers, *where, *heads, self._cache(op.layer))
+            defines = {"Y_LANE_COLUMNS": 8, "Y_SCALAR": 0, **self._qkv_defines(op)}
+            yield self._wgmma_launch(op, blob, count, shape, x, (self._places["q"], 0, blob.rows), defines, more)
+            return
+        yield self._product(op, count, 0, "h", "qkv", self._qkv_rows, tiled)
+        args = (
+            self._places["qkv"], i32(self._qkv_rows), *heads, *norms, *numbers, *where, self._places["q"],
+            self._cache(op.layer),
+        )  # fmt: skip
+        yield self._launch("qkv_post", "qkv_post", self._qkv_defines(op), (count, 1, 1), (256, 1, 1), args, operation=op)
 
     def _attention_prefill(self, op: Operation, step: PrefillPass, tiled: bool) -> Launch:
         config, build = self.config, self.prefill_attention

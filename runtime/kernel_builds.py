@@ -60,6 +60,14 @@ def _gemm(arch: str) -> Iterator[Build]:
         yield Build.of("gemm_wgmma", arch, **shape.defines(), ELEMENT_BF16=1, Y_LANE_COLUMNS=8, BIAS_F32=0, Y_SCALAR=0)
     small = GemmShape(tiles, 1, 64, 1, split=True)
     yield Build.of("gemm_wgmma", arch, **small.defines(), ELEMENT_F16=1, Y_LANE_COLUMNS=8, BIAS_F32=1, Y_SCALAR=1)
+    for shape, norm, element in (
+        (GemmShape(tiles, 3, 256, 2, head_dim=128), 1, "ELEMENT_BF16"),
+        (GemmShape(tiles, 3, 160, 3, head_dim=64), 0, "ELEMENT_F16"),
+        (GemmShape(tiles, 3, 256, 1, head_dim=64), 1, "ELEMENT_BF16"),
+        (GemmShape(mxfp4, 3, 224, 2, head_dim=128), 1, "ELEMENT_BF16"),
+    ):
+        heads: Defines = {"HEAD_DIM": shape.head_dim, "QK_NORM": norm, "NORM_F32": 0, "BIAS_F32": 0}
+        yield Build.of("gemm_wgmma", arch, **shape.defines(), **{element: 1}, Y_LANE_COLUMNS=8, Y_SCALAR=0, **heads)
     gates = GemmShape(mxfp4, 2, 96, 2)
     yield Build.of("gemm_wgmma", arch, **gates.defines(), ELEMENT_BF16=1, Y_LANE_COLUMNS=32, BIAS_F32=1, Y_SCALAR=0)
 

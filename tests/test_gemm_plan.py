@@ -14,6 +14,7 @@ from megalith.runtime.gemm_plan import (
     TOKEN_TILES,
     GemmShape,
     gemm_shape,
+    qkv_shape,
 )
 from megalith.runtime.gpu_buffers import Limits, gemm_workspace
 
@@ -86,6 +87,21 @@ def test_shapes_fit_and_are_used_well() -> None:
     assert (few_tiles.row_groups, few_tiles.tile_tokens) == (1, 64)
     large = gemm_shape("tile16x512", 0, 6144, 2560, 8192, NUM_SMS)
     assert (large.row_groups, large.tile_tokens) == (2, 256)
+
+
+def test_a_fused_projection_goes_on_to_the_cache() -> None:
+    for layout in ("tile16x512", "mxfp4"):
+        for head_dim in (64, 128):
+            for num_tokens in TOKENS:
+                always = qkv_shape(layout, 6144, 2560, num_tokens, NUM_SMS, head_dim, invariant=True)
+                assert always is not None
+                assert not always.rows % head_dim
+                assert not always.split
+                assert always.stages >= 2
+                assert always.shared_bytes <= SHARED_LIMIT_BYTES
+                assert qkv_shape(layout, 6144, 2560, num_tokens, NUM_SMS, head_dim) in (always, None)
+        assert qkv_shape(layout, 6144, 2560, 8192, NUM_SMS, 80, invariant=True) is None
+    assert qkv_shape("tile16x512", 6144, 2560, 8192, NUM_SMS, 128) is not None
 
 
 def warpgroup_product(weights: Matrix, tiled: np.ndarray, tile_tokens: int) -> np.ndarray:

@@ -20,6 +20,7 @@
 // EPILOGUE 1   y: float [num_tokens][y_pitch] += acc + bias, likewise
 // EPILOGUE 2   rows in pair8 order; y: E, "tiled" layout of the product that follows (Y_LANE_COLUMNS, y_pitch tokens, y_columns
 //              its Kp), column 8b + g = activation(gate row g, up row g + 8) of row block b; zeros beyond 8 * row_blocks
+// EPILOGUE 3   y: queries, q of qkv_post.cu, for a fused projection of y_columns = ceil16(q) + 2 ceil16(k) rows; gemm_qkv.cuh
 // partials     SPLIT: float4 [gridDim.x][ROW_GROUPS][TILE_TOKENS / 8][128]
 // flags        SPLIT: u32 [gridDim.x][ROW_GROUPS], zero before and after
 //
@@ -51,10 +52,12 @@ static_assert(PANEL_BYTES % 1024 == 0 && WEIGHT_BYTES % 16 == 0, "swizzle groups
 static_assert(STAGES >= 2, "a slot is free once the next stage's products are on their way");
 
 // Results go in slices of 8 tokens, and pass through shared memory: with EPILOGUE 2 a warpgroup's 32 columns of all tokens at
-// once, else a warp's 16 rows of a slice, in two buffers.
+// once, else a warp's 16 rows of a slice, in two buffers. EPILOGUE 3: gemm_qkv.cuh.
 constexpr int SLICES = TILE_TOKENS / 8;
 #if EPILOGUE == 2
 constexpr int STAGING_WORDS = TILE_TOKENS * 16;  // of a warpgroup
+#elif EPILOGUE == 3
+constexpr int STAGING_WORDS = STAGED_BYTES / 4 / ROW_GROUPS;
 #else
 constexpr int SLICE_PITCH = 20;  // words of a token: 16 rows, and 4 so that a warp's stores meet no bank twice
 constexpr int STAGING_WORDS = 4 * 2 * 8 * SLICE_PITCH;
@@ -378,6 +381,9 @@ struct Store {
         }
     }
 };
+#elif EPILOGUE == 3
+#include "gemm_qkv.cuh"
+static_assert(TEAMS * TEAM_WORDS == ROW_GROUPS * STAGING_WORDS, "runtime/gemm_plan.py says the same");
 #else
 // Each warp for itself; a lane stores four rows of a token of each slice.
 struct Store {
@@ -436,7 +442,12 @@ struct Store {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm_wgmma(const u8* weights, int row_blocks, int steps, const u8* activations, int tokens_padded, int num_tokens, void* y,
-           int y_pitch, int y_columns, const void* bias, float limit, int token_band, float4* partials, u32* flags) {
+           int y_pitch, int y_columns, const void* bias, float limit, int token_band, float4* partials, u32* flags
+#if EPILOGUE == 3
+           , const NormWeight* q_norm, const NormWeight* k_norm, float eps, float clip, const float2* rope, const int* positions,
+           const int* slots, const int* block_table, int max_pages, int num_heads, int num_kv_heads, Element* cache
+#endif
+) {
     extern __shared__ __align__(1024) u8 shared[];
     launch_dependents();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -459,9 +470,18 @@ gemm_wgmma(const u8* weights, int row_blocks, int steps, const u8* activations, 
     const int group = warp / 4, thread = threadIdx.x % GROUP_THREADS;
     const Output out = {y, y_pitch, EPILOGUE == 2 ? y_columns : min(y_columns, 16 * row_blocks), num_tokens, bias, limit,
                         reinterpret_cast<u32*>(shared + STAGING_OFFSET) + group * STAGING_WORDS, group, thread};
+#if EPILOGUE == 3
+    const Heads heads = {q_norm, k_norm, eps, clip, rope, positions, slots, block_table, max_pages, num_heads, num_kv_heads,
+                         static_cast<Element*>(y), cache};
+    const int team = warp / TEAM_WARPS;
+    Team whole(heads, reinterpret_cast<u32*>(shared + STAGING_OFFSET), team, threadIdx.x - team * TEAM_THREADS);
+#endif
     Sums acc;
     Tile tile;
     while (schedule.pop(tile)) {
+#if EPILOGUE == 3
+        whole.look_ahead(m, tile);
+#endif
         accumulate(acc, m, ring, shared + WEIGHTS_OFFSET + warp * WEIGHT_BYTES, tile, lane);
 #if SPLIT
         const Exchange exchange = {partials, flags, group, thread};
@@ -471,6 +491,10 @@ gemm_wgmma(const u8* weights, int row_blocks, int steps, const u8* activations, 
         }
         if (tile.end < stages) exchange.take(acc, schedule.total(), (tile.row_tile + 1) * stages);
 #endif
+#if EPILOGUE == 3
+        whole.run(m, tile, bias, acc);
+#else
         Store(m, out, tile).run(acc);
+#endif
     }
 }

@@ -1,14 +1,18 @@
-"""`qkv_post.cu` against float64 clamp, q/k norm and RoPE of the same inputs; the paged cache is compared as a whole."""
+"""`qkv_post.cu` against float64 clamp, q/k norm and RoPE of the same inputs; the paged cache is compared as a whole.
+
+So is the product that does the same to its own results (`gemm_qkv.cuh`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from kernel_inputs import as_bits, widen_bits
+from kernel_inputs import as_bits, matrix, tiled_activation, widen_bits
 
+from megalith.runtime.gemm_plan import EPILOGUE_QKV, GemmShape
 from megalith.runtime.gpu_buffers import PAGE_TOKENS as PAGE
 
 POISON = 0xFFFF  # a NaN in both element types
@@ -126,12 +130,14 @@ def empty_pool(heads: Heads, num_pages: int) -> np.ndarray:
     return np.full(num_pages * 2 * heads.num_kv_heads * heads.pitch * PAGE, POISON, np.uint16)
 
 
-def assert_rounded(bits: np.ndarray, expected: np.ndarray, dtype: str) -> None:
+def assert_rounded(bits: np.ndarray, expected: np.ndarray, dtype: str, error_before: float = 4e-6) -> None:
     """`bits` [..., columns rounded up to 64] are `expected` rounded, but for float32's own error, and zeros beyond."""
     columns = expected.shape[-1]
     assert not bits[..., columns:].any()
     error = np.abs(widen_bits(np.ascontiguousarray(bits[..., :columns]), dtype) - expected)
-    assert (error <= UNIT_ROUNDOFF[dtype] * np.abs(expected) + 4e-6 * (1 + np.abs(expected).max(axis=-1, keepdims=True))).all()
+    assert (
+        error <= UNIT_ROUNDOFF[dtype] * np.abs(expected) + error_before * (1 + np.abs(expected).max(axis=-1, keepdims=True))
+    ).all()
 
 
 CASES = [
@@ -201,3 +207,80 @@ def test_not_a_number_stays(gpu: Any) -> None:
     )
     assert not np.isnan(k).any()
     assert np.flatnonzero(np.isnan(v)).tolist() == [5]
+
+
+PRODUCTS = [  # heads, warpgroups, tile, layout, whether there is a bias
+    (Heads(128, 4, 1, "head"), 2, 256, "tile16x512", False),
+    (Heads(128, 2, 2, "none", 0.8), 2, 96, "tile16x512", True),
+    (Heads(128, 3, 1, "head", 1.2, norm_f32=True), 2, 224, "mxfp4", False),
+    (Heads(64, 4, 2, "none"), 3, 160, "tile16x512", True),
+    (Heads(64, 3, 1, "head", dtype="F16"), 1, 256, "tile16x512", False),
+    (Heads(64, 8, 1, "head", 1.0), 2, 16, "tile16x512", True),
+    (Heads(64, 2, 1, "none"), 1, 64, "mxfp4", False),
+]
+
+
+def logical(heads: Heads, rows: np.ndarray) -> np.ndarray:
+    """[num_tokens, heads, head_dim] of columns in the order in which q and k are stored."""
+    half = heads.head_dim // 2
+    i = np.arange(heads.head_dim)
+    return rows.reshape(len(rows), -1, heads.head_dim)[:, :, 16 * (i % half // 8) + 8 * (i // half) + i % 8]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "groups", "tile", "layout", "has_bias"), PRODUCTS,
+    ids=[f"{h.head_dim}-{h.norm}-{h.clip}-{h.dtype}-{groups}-{tile}-{layout}" for h, groups, tile, layout, _ in PRODUCTS],
+)  # fmt: skip
+def test_product_that_goes_on(gpu: Any, heads: Heads, groups: int, tile: int, layout: str, has_bias: bool) -> None:
+    if gpu.arch != "sm_90a":
+        pytest.skip("wgmma is for sm_90a")
+    rng = np.random.default_rng(tile)
+    columns, (q_rows, k_rows) = 288, heads.columns
+    lengths = ((1, 0, 70), (-1, 0, 9), (3, 64, 65), (0, 191, 200 + tile))  # slot, first and last position + 1 of a chunk
+    positions = np.concatenate([np.arange(first, last) for _, first, last in lengths]).astype(np.int32)
+    slots = np.repeat([slot for slot, _, _ in lengths], [last - first for _, first, last in lengths]).astype(np.int32)
+    table = rng.permutation(32).astype(np.int32).reshape(4, 8)
+    inputs = draw_inputs(rng, heads, 0, 512)
+    weights = matrix(rng, q_rows + 2 * k_rows, columns, heads.dtype, layout)
+    x = rng.standard_normal((len(positions), columns)).astype(np.float32)
+    bias = as_bits(rng.standard_normal(q_rows + 2 * k_rows), heads.dtype) if has_bias else None
+    shape = GemmShape(layout, EPILOGUE_QKV, tile, groups, head_dim=heads.head_dim)
+    build = {**shape.defines(), **heads.defines, "Y_LANE_COLUMNS": 8, "Y_SCALAR": 0, "BIAS_F32": 0}
+    kernel = gpu.compile("gemm_wgmma", "gemm_wgmma", **build)
+    tokens_padded = -(-len(x) // 8) * 8 + 24
+    tiled = tiled_activation(x, heads.dtype, tokens_padded, 32 if layout == "mxfp4" else 8)
+    tiled[:, len(x) :] = 0xFFFF
+    packed, device_bias = gpu.array(weights.packed), gpu.array(bias) if bias is not None else 0
+    constants = [gpu.array(each) for each in (inputs.rope, positions, slots, table)]
+    norms = gpu.array(inputs.q_weight), gpu.array(inputs.k_weight)
+    found = []
+    for blocks in (gpu.num_sms, 3, gpu.num_sms):
+        q = gpu.empty_poisoned((len(x), heads.num_heads, heads.head_dim), np.uint16)
+        pool = gpu.array(empty_pool(heads, table.size))
+        args = (
+            packed, np.int32(weights.row_blocks), np.int32(weights.steps), gpu.array(tiled), np.int32(tokens_padded),
+            np.int32(len(x)), q, np.int32(0), np.int32(len(weights.values)), device_bias, np.float32(0), np.int32(1), 0, 0,
+            *norms, np.float32(EPS), np.float32(heads.clip), *constants, np.int32(table.shape[1]), np.int32(heads.num_heads),
+            np.int32(heads.num_kv_heads), pool,
+        )  # fmt: skip
+        gpu.launch(kernel, (blocks, 1, 1), (shape.threads, 1, 1), args, shared_bytes=shape.shared_bytes)
+        found.append((gpu.get(q), gpu.get(pool)))
+        np.testing.assert_array_equal(found[0][0], found[-1][0])
+        np.testing.assert_array_equal(found[0][1], found[-1][1])
+    rows = widen_bits(as_bits(x, heads.dtype), heads.dtype).astype(np.float64) @ weights.values.T.astype(np.float64)
+    if bias is not None:
+        rows += widen_bits(bias, heads.dtype)
+    used = slots >= 0
+    rows, positions, slots = rows[used], positions[used], slots[used]
+    projected = replace(
+        inputs, q=logical(heads, rows[:, :q_rows]), k=logical(heads, rows[:, q_rows : q_rows + k_rows]),
+        v=rows[:, q_rows + k_rows :].reshape(len(rows), -1, heads.head_dim),
+    )  # fmt: skip
+    expected_q, expected_k, expected_v = prepared(heads, projected, positions)
+    (q, pool), places = found[0], cache_places(heads, table[slots, positions // PAGE], positions)
+    assert (q[~used] == POISON).all()
+    for bits, expected in ((q[used], expected_q), (pool[places[:, 0]], expected_k), (pool[places[:, 1]], expected_v)):
+        assert_rounded(bits, expected, heads.dtype, 3e-5)
+    pool[places] = POISON
+    assert (pool == POISON).all()
