@@ -1,8 +1,9 @@
 """Continuous batching: which tokens of which sequences go into the next forward pass.
 
 Every pass holds one token of each decoding sequence, and chunks of prompts. Alone these fill `max_batch_tokens`; beside
-decoding sequences they are kept to `prefill_chunk` tokens, or some for each of the sequences that run or wait: about as
-much as takes a device as long as the decoding does, so that passes are at most twice as long and tokens come evenly.
+decoding sequences they are kept to `prefill_chunk` tokens, or some for each of the sequences that run or wait, and more for
+those whose prompts are not read yet: at most about as much as takes a device as long as the decoding does, so that passes are
+at most twice as long and tokens come evenly, and less while all decode, so that most passes are alike.
 Where the executor runs ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have
 ended had one more token computed, and keeps slot and pages until that pass is collected. A sequence most of whose prompt
 another one is just computing waits for its pages. When pages run out, the sequence admitted last gives its pages up and is
@@ -26,7 +27,8 @@ from .pages import Pages, PrefixHash
 from .sequences import Emitted, Finish, Request, Sequence
 
 PREFILL_CHUNK = 192
-CHUNK_PER_SEQUENCE = 6  # the more decode, the longer a pass takes anyway, and the more end and make room for others
+CHUNK_PER_SEQUENCE = 4  # the more decode, the longer a pass takes anyway, and the more end and make room for others
+CHUNK_PER_PROMPT = 4  # beside that, where prompts wait: a queue that fills at once is read in large passes
 _EXPIRY_SECONDS = 0.01  # between looks at deadlines
 
 Planned = list[tuple[Sequence, SequenceStep]]
@@ -155,7 +157,8 @@ class Scheduler:
         if not num_decoding:
             return room
         crowd = min(len(self._running) + len(self._waiting), self._executor.max_sequences)
-        return min(room, max(self._prefill_chunk, CHUNK_PER_SEQUENCE * crowd))
+        wanted = CHUNK_PER_SEQUENCE * crowd + CHUNK_PER_PROMPT * (crowd - num_decoding)
+        return min(room, max(self._prefill_chunk, wanted))
 
     @staticmethod
     def _may_run(sequence: Sequence) -> bool:

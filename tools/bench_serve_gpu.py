@@ -3,10 +3,11 @@
 
 Starts the server on a packed file and reads streams in this process, prompts as random token ids: one stream against
 `megalith bench` of the same context, measured before the server starts; then closed loops of many clients, each of which asks
-again as soon as it is answered. Rates count output tokens and all time, prefill included. Inter-token latency is between
-events, those read together 0 apart. Then a server of its own, on a GPU with --batch-invariant: a greedy stream equals the
-answer that is not streamed; a seeded request gives the same tokens alone, again, and among others of different lengths
-(written down: whether its log probabilities are the same to the last bit, and what the first server gives).
+again as soon as it is answered, often enough that filling and draining the batch is a small part. Rates count output tokens
+and all time, prefill included. Inter-token latency is between events, those read together 0 apart. Then a server of its own,
+on a GPU with --batch-invariant: a greedy stream equals the answer that is not streamed; a seeded request gives the same
+tokens alone, again, and among others of different lengths (written down: whether its log probabilities are the same to the
+last bit, and what the first server gives).
 
 Writes rows in the form of tools/gpu_check.py, and all else under "serve". Ends with 1 where tokens differ.
 """
@@ -242,7 +243,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bf16", help="of the weights, in the rows")
     parser.add_argument("--commit", help="of the tree that runs; default: git's")
     parser.add_argument("--clients", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--rounds", type=int, default=4, help="requests of each client")
+    parser.add_argument("--rounds", type=int, default=12, help="requests of each client")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--single-output", type=int, default=256, help="tokens of the single stream")

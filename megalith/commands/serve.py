@@ -59,8 +59,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     type=click.IntRange(1),
     default=192,
     show_default=True,
-    help="Prompt tokens of a pass in which sequences decode, or 6 for each that runs or waits if that is more: fewer make "
-    "tokens come more evenly, more make a full queue shorter.",
+    help="Prompt tokens of a pass in which sequences decode, or, if that is more, 4 for each that runs or waits and 4 more for "
+    "each whose prompt is not read yet: fewer make tokens come more evenly, more make a full queue shorter.",
 )
 @click.option("--kv-cache-mib", type=click.IntRange(1), help="Memory of the KV cache; default: what the backend finds free.")
 @click.option("--max-queue", type=click.IntRange(0, 1 << 20), default=256, show_default=True, help="Sequences that wait.")

@@ -17,16 +17,16 @@ from megalith.runtime.sequences import Request
 
 PROMPT, OUTPUT = 512, 128
 PASSES = (  # tokens, ms
-    (32, 3.35), (64, 3.6), (96, 3.9), (130, 4.15), (160, 4.27), (192, 4.85), (224, 5.3), (256, 5.3), (320, 5.8), (384, 6.45),
-    (512, 7.7), (640, 9.15), (768, 10.8), (1024, 13.0), (1536, 20.0), (2048, 29.3),
+    (32, 3.9), (96, 4.5), (192, 5.3), (224, 5.55), (320, 6.6), (448, 8.0), (512, 8.6), (640, 10.1), (768, 12.4), (832, 13.4),
+    (896, 13.9), (1024, 15.2), (1536, 22.0), (2048, 28.5),
 )  # fmt: skip
 
 
 class ModelledDevice:
     """A device whose passes take a modelled time on a clock of its own; it runs one pass behind the host.
 
-    Qwen3-4B in BF16 on an H200, contexts of 576 (docs/performance.md): what a pass of so many tokens takes by its products,
-    and what each sequence's context adds.
+    Qwen3-4B in BF16 on an H100, contexts of 512 to 640 (docs/performance.md): what a pass of so many tokens takes, and what
+    each sequence's context adds.
     """
 
     page_size, vocab_size, steps_ahead, reuses_pages = PAGE_SIZE, 1000, 1, True
@@ -41,8 +41,8 @@ class ModelledDevice:
     @staticmethod
     def pass_ms(num_prompt: int, num_decoding: int) -> float:
         if not num_prompt:
-            return 2.65 + 0.0283 * num_decoding
-        return float(np.interp(num_prompt + num_decoding, *zip(*PASSES, strict=True))) + 0.019 * num_decoding
+            return 3.15 + 0.0375 * num_decoding
+        return float(np.interp(num_prompt + num_decoding, *zip(*PASSES, strict=True))) + 0.024 * num_decoding
 
     def start(
         self, slot: int, parameters: SamplingParameters, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()
