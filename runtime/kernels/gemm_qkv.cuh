@@ -48,15 +48,16 @@ struct Team {
     const Heads& heads;
     u32* buffers;     // [2][BATCH][HEAD_PITCH]
     float* sums;      // [TEAM_WARPS][TILE_TOKENS] of squares; then in the first row 1 / rms
-    int *places, *pages;  // [TILE_TOKENS]: position of a token; its page, negative for a token that is not in use
-    int team, thread;     // thread of the team
+    int* places;      // [TILE_TOKENS]: position of a token
+    int* rows;        // [TILE_TOKENS]: row of 64 elements of y or the cache where its head begins, -1 where it is not in use
+    int team, thread;  // thread of the team
     int position[TEAM_TOKENS], slot[TEAM_TOKENS];  // of this thread's tokens, for the next tile
 
     MEMBER Team(const Heads& heads, u32* staging, int team, int thread) : heads(heads), team(team), thread(thread) {
         buffers = staging + team * TEAM_WORDS;
         sums = reinterpret_cast<float*>(buffers + 2 * BUFFER_WORDS);
         places = reinterpret_cast<int*>(sums + TEAM_WARPS * TILE_TOKENS);
-        pages = places + TILE_TOKENS;
+        rows = places + TILE_TOKENS;
     }
 
     MEMBER void barrier() const { named_barrier(1 + team, TEAM_THREADS); }
@@ -81,7 +82,8 @@ struct Team {
         for (int i = 0; i < TEAM_TOKENS; ++i)
             page[i] = slot[i] < 0 ? -1 : heads.block_table[static_cast<u64>(slot[i]) * heads.max_pages + position[i] / PAGE];
         const int row = number * HEAD_DIM + 16 * warp + g;
-        add_bias(acc, bias_of(bias, row), bias_of(bias, row + 8));
+        if (bias != nullptr) add_bias(acc, bias_of(bias, row), bias_of(bias, row + 8));
+        if (heads.clip != __int_as_float(0x7f800000)) clamp_all(acc);
         const bool is_normed = QK_NORM == 1 && !is_value;
         if (is_normed) sum_squares(acc, warp, lane);
         barrier();  // also: nobody is at the tile before
@@ -89,7 +91,7 @@ struct Team {
         for (int i = 0; i < TEAM_TOKENS; ++i) {
             const int local = thread + i * TEAM_THREADS;
             if (local >= TILE_TOKENS) continue;
-            places[local] = position[i], pages[local] = page[i];
+            places[local] = position[i], rows[local] = page[i] < 0 ? -1 : row_of(number, tile.token + local, page[i], position[i]);
             if (is_normed) {
                 float sum = sums[local];
 #pragma unroll
@@ -107,7 +109,8 @@ struct Team {
     MEMBER void add_bias(Sums& acc, float low, float high) const {
 #pragma unroll
         for (int i = 0; i < TILE_TOKENS / 2; ++i) acc[i] += i % 4 < 2 ? low : high;
-        if (heads.clip == __int_as_float(0x7f800000)) return;
+    }
+    MEMBER void clamp_all(Sums& acc) const {
 #pragma unroll
         for (int i = 0; i < TILE_TOKENS / 2; ++i) acc[i] = clamp(acc[i], heads.clip);
     }
@@ -164,35 +167,39 @@ struct Team {
                     }
                     first = turned(first, r[s][0]), second = turned(second, r[s][1]);
                 }
-                stage(buffer + 8 * s * (HEAD_PITCH / 2) + low / 2, first.x, second.x, odd);
-                stage(buffer + 8 * s * (HEAD_PITCH / 2) + high / 2, first.y, second.y, odd);
+                // Lanes g and g ^ 1 swap, so that the even one has both columns of the first token, the odd one of the second.
+                const u32 one = from_float2(first.x, first.y), two = from_float2(second.x, second.y);
+                const u32 own = odd ? two : one, other = __shfl_xor_sync(~0u, odd ? one : two, 4);
+                u32* token = buffer + 8 * s * (HEAD_PITCH / 2);
+                token[low / 2] = __byte_perm(own, other, odd ? 0x1054 : 0x5410);
+                token[high / 2] = __byte_perm(own, other, odd ? 0x3276 : 0x7632);
             }
             if (IS_ROTATED && batch + 1 < TILE_TOKENS / BATCH) load_rotations(r, batch + 1, low);
             barrier();
-            copy_out(tile, batch, number);
+            copy_out(batch, is_query);
         }
     }
 
     static MEMBER float2 turned(float2 x, float2 r) { return make_float2(x.x * r.x - x.y * r.y, x.y * r.x + x.x * r.y); }
 
-    // Lanes g and g ^ 1 swap, so that the even one has both columns of the first token, the odd one of the second.
-    static MEMBER void stage(u32* word, float first, float second, bool odd) {
-        const float other = __shfl_xor_sync(~0u, odd ? first : second, 4);
-        *word = odd ? from_float2(other, second) : from_float2(first, other);
+    MEMBER int row_of(int number, int token, int page, int position) const {
+        if (number < heads.num_heads) return (token * heads.num_heads + number) * PANELS;
+        const int head = number - heads.num_heads, is_value = head >= heads.num_kv_heads;
+        return cache_offset(page, is_value, heads.num_kv_heads, head - is_value * heads.num_kv_heads, position % PAGE, 0) / 64;
     }
 
-    MEMBER void copy_out(const Tile& tile, int batch, int number) const {
-        const bool is_query = number < heads.num_heads, is_value = number >= heads.num_heads + heads.num_kv_heads;
-        const int head = is_query ? number : is_value ? number - heads.num_heads - heads.num_kv_heads : number - heads.num_heads;
-        const u32* buffer = buffers + batch % 2 * BUFFER_WORDS;
+    // A thread has one 16-byte chunk of several tokens. The cache's panels have a page's rows each, its chunks are swizzled.
+    MEMBER void copy_out(int batch, bool is_query) const {
+        static_assert(TEAM_THREADS % CHUNKS == 0);
+        const int chunk = thread % CHUNKS, swizzle = is_query ? 0 : 7;
+        Element* first = (is_query ? heads.q : heads.cache) + chunk / 8 * (is_query ? 64 : PAGE * 64);
+        const u32* buffer = buffers + batch % 2 * BUFFER_WORDS + 4 * chunk;
 #pragma unroll
-        for (int piece = thread; piece < BATCH * CHUNKS; piece += TEAM_THREADS) {
-            const int in_batch = piece / CHUNKS, chunk = piece % CHUNKS, local = BATCH * batch + in_batch, page = pages[local];
-            if (page < 0) continue;
-            const u64 row = static_cast<u64>(tile.token + local) * heads.num_heads + head;
-            Element* target = is_query ? heads.q + row * HEAD_DIM + 8 * chunk
-                                       : heads.cache + cache_offset(page, is_value, heads.num_kv_heads, head, places[local] % PAGE, chunk);
-            *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(buffer + in_batch * (HEAD_PITCH / 2) + 4 * chunk);
+        for (int i = thread / CHUNKS; i < BATCH; i += TEAM_THREADS / CHUNKS) {
+            const int row = rows[BATCH * batch + i];
+            if (row < 0) continue;
+            Element* target = first + static_cast<u64>(row) * 64 + ((chunk % 8) ^ (row & swizzle)) * 8;
+            *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(buffer + i * (HEAD_PITCH / 2));
         }
     }
 };

@@ -47,11 +47,18 @@ DEVICE float4 load_weight(const void* weight, int column) {
 }
 #endif
 
+// A thread's four columns, by whole warps. The tiled layout has the first two beside the first two of the thread that has the
+// columns LANE_COLUMNS further: the two threads swap, so that each stores eight bytes, and a warp whole sectors.
 DEVICE void store_h(Element* h, int token, int column, int pitch, uint2 words) {
     if constexpr (ACTIVATION_TILED) {
-        *reinterpret_cast<u32*>(h + tiled_offset<LANE_COLUMNS>(token, column, pitch)) = words.x;
-        *reinterpret_cast<u32*>(h + tiled_offset<LANE_COLUMNS>(token, column + 2, pitch)) = words.y;
-    } else {
+        constexpr int DISTANCE = LANE_COLUMNS / 4;
+        const bool is_second = threadIdx.x & DISTANCE;
+        const u32 other = __shfl_xor_sync(0xffffffffu, is_second ? words.x : words.y, DISTANCE);
+        words = is_second ? make_uint2(other, words.y) : make_uint2(words.x, other);
+        if (column >= PADDED_COLUMNS) return;
+        const int first = is_second ? column - LANE_COLUMNS + 2 : column;
+        *reinterpret_cast<uint2*>(h + tiled_offset<LANE_COLUMNS>(token, first, pitch)) = words;
+    } else if (column < PADDED_COLUMNS) {
         *reinterpret_cast<uint2*>(h + static_cast<u64>(token) * pitch + column) = words;
     }
 }
@@ -89,7 +96,6 @@ rmsnorm(const float* x, const int* rows, const void* weight, float eps, Element*
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) {
         const int column = 4 * (threadIdx.x + i * THREADS);
-        if (column >= PADDED_COLUMNS) break;
         const uint2 words = {from_float2(v[i].x * scale * w[i].x, v[i].y * scale * w[i].y),
                              from_float2(v[i].z * scale * w[i].z, v[i].w * scale * w[i].w)};
         store_h(h, token, column, pitch, words);
