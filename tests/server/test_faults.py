@@ -365,7 +365,8 @@ def test_a_faulty_pass_fails_the_requests_it_has_and_the_engine_starts_again(
         for stream in streams:
             assert b"200 OK" in stream.recv(4096)
         (tmp_path / "hold").touch()
-        (tmp_path / method).write_text(fault)
+        (tmp_path / "fault").write_text(fault)
+        (tmp_path / "fault").rename(tmp_path / method)  # whole when the engine sees it
         for stream in streams:
             rest = b""
             while not rest.endswith(b"0\r\n\r\n"):
