@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import gpu_check
+import gpu_page
 import gpu_tests
 import pytest
 from serving import until
@@ -71,6 +73,15 @@ def test_logits_further_than_transformers_are_found() -> None:
     assert gpu_check.further_than_transformers(rows) == [rows[1]]
 
 
+@pytest.mark.parametrize("name", ["gpu", "gpu-h100"])
+def test_pages_are_of_their_files(name: str) -> None:
+    path = Path(__file__).parent.parent / "docs" / "benchmarks" / f"{name}.json"
+    report = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == gpu_page.page(report, path.name)
+    assert "## Serving" in gpu_page.page(report, path.name)
+    assert "## Serving" not in gpu_page.page({**report, "serve": None, "logits": []}, path.name)
+
+
 def test_table() -> None:
     row = {"system": "megalith", "ms": 1.23456, "batch": None}
-    assert gpu_check.table([row], ("system", "batch", "ms")).splitlines()[-1] == "| megalith |  | 1.235 |"
+    assert gpu_page.table([row], ("system", "batch", "ms")).splitlines()[-1] == "| megalith |  | 1.235 |"

@@ -4,8 +4,9 @@
 Makes checkpoints of random weights in real shapes and converts them while the tests marked `gpu` run; then, for each model, a
 start to the first token and `megalith bench`; a server with clients (bench_serve_gpu.py); the errors of the logits; and what
 transformers does with the same checkpoints where it is installed. Writes one JSON file (docs/benchmarks/), again after each
-part, and prints a table. A failing test fails the command, and then nothing is written; served tokens that differ and logits
-further from FP32 than transformers' BF16 run's fail it too, after writing.
+part, and at the end a readable page beside it (gpu_page.py); prints its tables. A failing test fails the command, and then
+nothing is written; served tokens that differ and logits further from FP32 than transformers' BF16 run's fail it too, after
+writing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tests
+from gpu_page import LOGITS, RESULTS, page, table
 
 TOOLS = Path(__file__).resolve().parent
 PREFILL = ("512", "2048", "8192")
@@ -224,17 +226,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
-    """Markdown."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = [row[name] for name in columns]
-        lines.append(
-            "| " + " | ".join("" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |"
-        )
-    return "\n".join(lines)
-
-
 def further_than_transformers(logits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         row for row in logits if row["transformers_bf16_error"] is not None and row["error"] > row["transformers_bf16_error"]
@@ -245,7 +236,7 @@ class Report:
     """The JSON file; written again whenever something was added, so that a run that is cut leaves what it has."""
 
     def __init__(self, path: Path, commit: str) -> None:
-        words = " ".join(word for word in sys.argv[1:] if not word.startswith("/"))
+        words = " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
         self._path = path
         self.content: dict[str, Any] = {
             "commit": commit, "command": f"python tools/gpu_check.py {words}".strip(), "gpu": "", "versions": versions(),
@@ -310,9 +301,9 @@ def main() -> int:
         preparing.result()
         is_served = add_figures(report, folder, models, clock, arguments.peer_seconds)
     results, logits = report.content["results"], report.content["logits"]
-    numbers = ("ms", "tokens_per_s", "gbytes_per_s", "percent_nominal")
-    print(table(results, ("system", "model", "dtype", "work", "batch", "context", *numbers)))
-    print(table(logits, ("model", "dtype", "reference", "work", "batch", "context", "error", "transformers_bf16_error")))
+    print(table(results, RESULTS))
+    print(table(logits, LOGITS))
+    arguments.out.with_suffix(".md").write_text(page(report.content, arguments.out.name))
     print(f"{clock.left():.0f} s left", file=sys.stderr)
     wrong = further_than_transformers(logits)
     for row in wrong:
