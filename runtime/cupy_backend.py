@@ -277,9 +277,8 @@ class CupyBackend:
 
     def _decode_batch(self, positions: NDArray[np.int32], slots: NDArray[np.int32]) -> DecodeBatch:
         count = batch_bucket(len(positions), self.limits.max_sequences)
-        padding = np.full(count - len(positions), -1, np.int32)
         workers = self.program.decode_attention.workers(int(positions.max()) + 1, count)
-        return DecodeBatch(np.concatenate([positions, padding]), np.concatenate([slots, padding]), workers)
+        return DecodeBatch(_padded(positions, count, -1), _padded(slots, count, -1), workers)
 
     def _send_batch(self, batch: DecodeBatch) -> DecodePass:
         return DecodePass(*self._staging.send([batch.positions, batch.slots], self.stream))
@@ -322,10 +321,10 @@ class CupyBackend:
         An id of -1 is what the slot was given last, for sequences of one token that decode. In the last layer all tokens get
         keys and values, but only the chosen rows go on from there, unless `whole`, so that `logits_of` can ask for any other.
         """
-        if self.kernel_spans is not None:
-            self.kernel_spans.begin("prefill", sequences=len(sequences), tokens=len(ids))
+        spans = self.kernel_spans
+        is_traced = spans is not None and spans.begin("prefill", sequences=len(sequences), tokens=len(ids))
         bucket = prefill_bucket(len(ids))
-        if whole or bucket not in self._prefill_graphs:
+        if whole or is_traced or bucket not in self._prefill_graphs:
             self._enqueue(self.prefill_launches(ids, sequences, rows, whole))
             return
         step = self._send_prefill(ids, sequences, rows, whole, bucket)

@@ -350,15 +350,14 @@ class GpuProgram:
         y: tuple[int, int, int],
         reader: str,
     ) -> Launch:
-        _, pitch, columns = y
-        invariant = self._limits.batch_invariant
-        shape = gemm_shape(blob.layout, epilogue, blob.rows, blob.columns, count, self._limits.num_sms, invariant)
+        (address, pitch, columns), limits = y, self._limits
+        shape = gemm_shape(blob.layout, epilogue, blob.rows, blob.columns, count, limits.num_sms, limits.batch_invariant)
         if epilogue == 2:
             columns = padded(columns, 128 if reader == "mxfp4" else 64)
         defines: dict[str, int | str] = {
             "Y_LANE_COLUMNS": _lane_columns(reader), "Y_SCALAR": int(epilogue != 2 and bool(columns % 4 or pitch % 4)),
         }  # fmt: skip
-        return self._wgmma_launch(op, blob, count, shape, x, (y[0], pitch, columns), defines)
+        return self._wgmma_launch(op, blob, count, shape, x, (address, pitch, columns), defines)
 
     def _wgmma_launch(
         self, op: Operation, blob: BlobEntry, count: int, shape: GemmShape, x: tuple[int, int], y: tuple[int, int, int],

@@ -17,6 +17,8 @@ weights and cached keys and values that are read, per cent of the memory's nomin
 RESULTS = (
     "system", "model", "dtype", "work", "batch", "context", "ms", "tokens_per_s", "gbytes_per_s", "percent_nominal",
 )  # fmt: skip
+MANY = ("clients", "rounds", "output_tokens_per_s", "total_tokens_per_s")
+TIMES = (("ttft", "first token"), ("itl", "between tokens"))
 LOGITS = ("model", "dtype", "reference", "work", "batch", "context", "error", "transformers_bf16_error")
 
 
@@ -73,10 +75,6 @@ def serving(serve: dict[str, Any]) -> list[str]:
         "Weights are random, so that hardly a token is clearly the likeliest: any other last bit soon gives another token."
     )
     return lines
-
-
-MANY = ("clients", "rounds", "output_tokens_per_s", "total_tokens_per_s")
-TIMES = (("ttft", "first token"), ("itl", "between tokens"))
 
 
 def _same(is_same: bool) -> str:

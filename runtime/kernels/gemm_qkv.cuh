@@ -1,7 +1,7 @@
 // gemm_qkv: what gemm_wgmma does with a tile of the fused projection of a prefill (EPILOGUE 3): norm, RoPE, queries and cache.
 //
-// HEAD_DIM 64 or 128, QK_NORM 0 or 1; inputs, output and numerics as qkv_post.cu has them, but for the order of the sum of squares,
-// which is the same in every tile. The 64 rows of each of HEAD_DIM / 64 warpgroups are a head, and these warpgroups a team.
+// HEAD_DIM 64 or 128, QK_NORM 0 or 1; inputs, output and numerics as qkv_post.cu has them, but for the order of the sum of
+// squares, which is the same in every tile. The 64 rows of each of HEAD_DIM / 64 warpgroups are a head, and these warpgroups a team.
 // A lane has both columns of a pair that RoPE turns, as rows g and g + 8 of its warp's row block. A team's results pass through
 // shared memory, BATCH tokens at a time in two buffers.
 #include "qkv.cuh"
@@ -16,7 +16,8 @@ constexpr int HEAD_PITCH = HEAD_DIM + 8;  // elements of a token in a buffer, so
 constexpr int TEAM_TOKENS = (TILE_TOKENS + TEAM_THREADS - 1) / TEAM_THREADS;  // of a thread, when each token has one
 constexpr int BUFFER_WORDS = BATCH * HEAD_PITCH / 2;
 constexpr int TEAM_WORDS = 2 * BUFFER_WORDS + (TEAM_WARPS + 2) * TILE_TOKENS;
-static_assert((HEAD_DIM == 64 || HEAD_DIM == 128) && ROW_GROUPS % TEAM_GROUPS == 0, "a head's rows are whole warpgroups of a block");
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "a head's rows are whole warpgroups");
+static_assert(ROW_GROUPS % TEAM_GROUPS == 0, "a block has whole heads");
 static_assert(QK_NORM != 2 && !SPLIT, "a head is normed by itself, and a tile is one block's");
 static_assert(TILE_TOKENS % BATCH == 0);
 
@@ -30,7 +31,8 @@ struct Heads {
     Element *q, *cache;
 };
 
-// v[i] summed over the eight lanes of a column of the warp's accumulators, for i = lane / 4. The same bits whatever else is summed.
+// v[i] summed over the eight lanes of a column of the warp's accumulators, for i = lane / 4. The same bits whatever else is
+// summed.
 DEVICE float sum_of_lanes(float (&v)[8], int lane) {
 #pragma unroll
     for (int half = 4; half > 0; half /= 2) {
@@ -91,7 +93,8 @@ struct Team {
         for (int i = 0; i < TEAM_TOKENS; ++i) {
             const int local = thread + i * TEAM_THREADS;
             if (local >= TILE_TOKENS) continue;
-            places[local] = position[i], rows[local] = page[i] < 0 ? -1 : row_of(number, tile.token + local, page[i], position[i]);
+            places[local] = position[i];
+            rows[local] = page[i] < 0 ? -1 : row_of(number, tile.token + local, page[i], position[i]);
             if (is_normed) {
                 float sum = sums[local];
 #pragma unroll
@@ -135,7 +138,8 @@ struct Team {
 #pragma unroll
         for (int s = 0; s < BATCH_SLICES; ++s) {
             const int2 at = *reinterpret_cast<const int2*>(places + BATCH * batch + 8 * s + 2 * (thread % 4));
-            r[s][0] = heads.rope[static_cast<u64>(at.x) * HALF + column], r[s][1] = heads.rope[static_cast<u64>(at.y) * HALF + column];
+            r[s][0] = heads.rope[static_cast<u64>(at.x) * HALF + column];
+            r[s][1] = heads.rope[static_cast<u64>(at.y) * HALF + column];
         }
     }
 

@@ -473,14 +473,13 @@ gemm_wgmma(const u8* weights, int row_blocks, int steps, const u8* activations, 
 #if EPILOGUE == 3
     const Heads heads = {q_norm, k_norm, eps, clip, rope, positions, slots, block_table, max_pages, num_heads, num_kv_heads,
                          static_cast<Element*>(y), cache};
-    const int team = warp / TEAM_WARPS;
-    Team whole(heads, reinterpret_cast<u32*>(shared + STAGING_OFFSET), team, threadIdx.x - team * TEAM_THREADS);
+    Team team(heads, reinterpret_cast<u32*>(shared + STAGING_OFFSET), warp / TEAM_WARPS, threadIdx.x % TEAM_THREADS);
 #endif
     Sums acc;
     Tile tile;
     while (schedule.pop(tile)) {
 #if EPILOGUE == 3
-        whole.look_ahead(m, tile);
+        team.look_ahead(m, tile);
 #endif
         accumulate(acc, m, ring, shared + WEIGHTS_OFFSET + warp * WEIGHT_BYTES, tile, lane);
 #if SPLIT
@@ -492,7 +491,7 @@ gemm_wgmma(const u8* weights, int row_blocks, int steps, const u8* activations, 
         if (tile.end < stages) exchange.take(acc, schedule.total(), (tile.row_tile + 1) * stages);
 #endif
 #if EPILOGUE == 3
-        whole.run(m, tile, bias, acc);
+        team.run(m, tile, bias, acc);
 #else
         Store(m, out, tile).run(acc);
 #endif
