@@ -75,13 +75,14 @@ class PrefillAttention:
         }  # fmt: skip
 
     def items(self, sequences: NDArray[np.int32], group: int, window: int) -> NDArray[np.int32]:
-        """int32 [num_items, 2] (sequence, tile of rows), longest first, of `sequences` int32 [n, 4]."""
+        """int32 [num_items, 2] (sequence, tile of rows), the most to do first, of `sequences` int32 [n, 4]."""
         found = []
         for number, (_, _, num_tokens, context) in enumerate(sequences.tolist()):
             for first_row in range(0, num_tokens * group, self.rows):
                 last_row = min(first_row + self.rows, num_tokens * group) - 1
                 begin = max(0, context + first_row // group - window + 1) if window else 0
-                found.append((begin - (context + last_row // group + 1), number, first_row // self.rows))
+                keys, sixty_fours = context + last_row // group + 1 - begin, (last_row - first_row) // 64 + 1
+                found.append((-keys * sixty_fours, number, first_row // self.rows))
         return np.array([item[1:] for item in sorted(found)], np.int32).reshape(-1, 2)
 
     def items_of_rows(

@@ -6,11 +6,12 @@ too few tiles for all multiprocessors to read them, is the matrix divided evenly
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-TOKEN_TILES = (16, 32, 64, 96, 128, 160, 192, 224, 256)
+TOKEN_TILES = tuple(range(16, 257, 16))
 SPLIT_TILES = (16, 32, 64)
 SHARED_LIMIT_BYTES = 227 << 10
 EPILOGUE_STORE, EPILOGUE_ADD, EPILOGUE_SWIGLU, EPILOGUE_QKV = 0, 1, 2, 3
@@ -21,7 +22,8 @@ _STEP_BYTES = {"tile16x512": 1024, "mxfp4": 1088}
 _GROUP_ROWS = 64
 _GROUP_THREADS = 128
 _MAX_STAGES = 32
-_MOST_TOKENS = {1: 256, 2: 256, 3: 160}  # of row groups, as registers allow
+_MIN_STAGES_OF_TWO = 6  # with fewer the ring runs empty
+_MOST_TOKENS = {1: 256, 2: 256, 3: 192}  # of row groups, as registers allow
 _MOST_FUSED_MXFP4_TOKENS = 224  # likewise, where MXFP4 is decoded and queries and keys are made
 _BAND_BYTES = 16 << 20  # of activations that stay in the L2 cache while the weights pass
 _PANEL_COLUMNS = 64
@@ -46,6 +48,7 @@ class GemmShape:
     row_groups: int
     split: bool = False
     head_dim: int = 0  # with EPILOGUE_QKV
+    aligned: int = 32  # divides the matrix's stored columns
 
     @property
     def threads(self) -> int:
@@ -58,15 +61,18 @@ class GemmShape:
 
     @property
     def stage_panels(self) -> int:
-        """Panels of 64 columns that are fetched together: at least one step of the layout."""
-        return max(1, _STEP_COLUMNS[self.layout] // _PANEL_COLUMNS)
+        """Panels of 64 columns that are fetched together: a step of MXFP4, else two of small tiles."""
+        few = (SHARED_LIMIT_BYTES - self._staging_bytes) // (self._slot_bytes(2) + 16) < _MIN_STAGES_OF_TWO
+        return 2 if self.layout == "mxfp4" or not (few or self.aligned % (2 * _PANEL_COLUMNS)) else 1
 
     @property
     def slot_bytes(self) -> int:
         """A stage in shared memory."""
-        steps = 64 * self.stage_panels // _STEP_COLUMNS[self.layout]
-        weights = 4 * self.row_groups * steps * _STEP_BYTES[self.layout]
-        return -(-(self.stage_panels * self.tile_tokens * 128 + weights) // 1024) * 1024
+        return self._slot_bytes(self.stage_panels)
+
+    def _slot_bytes(self, panels: int) -> int:
+        weights = 4 * self.row_groups * panels * _PANEL_COLUMNS * _STEP_BYTES[self.layout] // _STEP_COLUMNS[self.layout]
+        return -(-(panels * self.tile_tokens * 128 + weights) // 1024) * 1024
 
     @property
     def _staging_bytes(self) -> int:
@@ -76,7 +82,7 @@ class GemmShape:
         """
         if self.epilogue == EPILOGUE_QKV:
             groups = self.head_dim // _GROUP_ROWS  # of a head
-            buffers = 2 * 2 * min(32, self.tile_tokens) * (self.head_dim + 8)
+            buffers = 2 * 2 * (16 if self.tile_tokens % 32 else 32) * (self.head_dim + 8)
             return self.row_groups // groups * (buffers + 4 * (4 * groups + 2) * self.tile_tokens)
         return self.row_groups * (2 * 32 * self.tile_tokens if self.epilogue == EPILOGUE_SWIGLU else 4 * 2 * 8 * 20 * 4)
 
@@ -100,6 +106,7 @@ class GemmShape:
             "ROW_GROUPS": self.row_groups,
             "STAGE_PANELS": self.stage_panels,
             "STAGES": self.stages,
+            "WHOLE_STAGES": int(self.layout == "mxfp4" or self.aligned % (self.stage_panels * _PANEL_COLUMNS) == 0),
             "SPLIT": int(self.split),
             "PLAN_SHARED_BYTES": self.shared_bytes,
             "PLAN_THREADS": self.threads,
@@ -132,9 +139,10 @@ def gemm_shape(
 
     `invariant`: what a token gets does not depend on their number.
     """
-    shapes = _whole_shapes(layout, epilogue, num_tokens)
+    shapes = _whole_shapes(layout, epilogue, columns, num_tokens)
     if not invariant:
-        shapes += [GemmShape(layout, epilogue, tile, 1, split=True) for tile in SPLIT_TILES if tile >= num_tokens]
+        aligned = _alignment(columns)
+        shapes += [GemmShape(layout, epilogue, tile, 1, True, aligned=aligned) for tile in SPLIT_TILES if tile >= num_tokens]
     return min(shapes, key=lambda shape: _cycles(shape, rows, columns, num_tokens, num_sms))
 
 
@@ -145,7 +153,7 @@ def qkv_shape(
     """The build for a fused projection that goes on to queries and cache; None where a kernel for that alone ends earlier."""
     if head_dim not in FUSED_HEAD_DIMS:
         return None
-    shapes = _whole_shapes(layout, EPILOGUE_QKV, num_tokens, head_dim)
+    shapes = _whole_shapes(layout, EPILOGUE_QKV, columns, num_tokens, head_dim)
     fused = min(shapes, key=lambda shape: _cycles(shape, rows, columns, num_tokens, num_sms))
     if invariant:
         return fused
@@ -155,15 +163,19 @@ def qkv_shape(
     return fused if _cycles(fused, rows, columns, num_tokens, num_sms) <= both else None
 
 
-def _whole_shapes(layout: str, epilogue: int, num_tokens: int, head_dim: int = 0) -> list[GemmShape]:
+def _whole_shapes(layout: str, epilogue: int, columns: int, num_tokens: int, head_dim: int = 0) -> list[GemmShape]:
     most = _MOST_FUSED_MXFP4_TOKENS if head_dim and layout == "mxfp4" else max(TOKEN_TILES)
     return [
-        GemmShape(layout, epilogue, tile, groups, head_dim=head_dim)
+        GemmShape(layout, epilogue, tile, groups, head_dim=head_dim, aligned=_alignment(columns))
         for groups, tile in product((2, 3, 1), reversed(TOKEN_TILES))
         if tile <= min(_MOST_TOKENS[groups], most)
         and (tile >= 64 or tile >= num_tokens)  # several narrow ones take longer
         and not groups * _GROUP_ROWS % max(head_dim, 1)
     ]
+
+
+def _alignment(columns: int) -> int:
+    return math.gcd(columns, 2 * _PANEL_COLUMNS)
 
 
 def _cycles(shape: GemmShape, rows: int, columns: int, num_tokens: int, num_sms: int) -> float:

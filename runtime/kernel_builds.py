@@ -47,13 +47,14 @@ def _gemm(arch: str) -> Iterator[Build]:
         GemmShape(tiles, 0, 256, 2),
         GemmShape(tiles, 1, 256, 2),
         GemmShape(tiles, 2, 256, 2),
-        GemmShape(tiles, 1, 160, 3),
-        GemmShape(tiles, 2, 160, 3),
+        GemmShape(tiles, 1, 176, 3, aligned=64),
+        GemmShape(tiles, 2, 192, 3, aligned=128),
         GemmShape(tiles, 1, 256, 1),
         GemmShape(tiles, 0, 64, 1),
+        GemmShape(tiles, 1, 80, 1, aligned=128),
         GemmShape(mxfp4, 1, 256, 2),
-        GemmShape(mxfp4, 2, 160, 3),
-        GemmShape(tiles, 1, 16, 1, split=True),
+        GemmShape(mxfp4, 2, 192, 3),
+        GemmShape(tiles, 1, 16, 1, split=True, aligned=128),
         GemmShape(mxfp4, 1, 64, 1),
         GemmShape(mxfp4, 2, 32, 1, split=True),
     ):
@@ -61,8 +62,10 @@ def _gemm(arch: str) -> Iterator[Build]:
     small = GemmShape(tiles, 1, 64, 1, split=True)
     yield Build.of("gemm_wgmma", arch, **small.defines(), ELEMENT_F16=1, Y_LANE_COLUMNS=8, BIAS_F32=1, Y_SCALAR=1)
     for shape, norm, element in (
-        (GemmShape(tiles, 3, 256, 2, head_dim=128), 1, "ELEMENT_BF16"),
-        (GemmShape(tiles, 3, 160, 3, head_dim=64), 0, "ELEMENT_F16"),
+        (GemmShape(tiles, 3, 256, 2, head_dim=128, aligned=128), 1, "ELEMENT_BF16"),
+        (GemmShape(tiles, 3, 112, 2, head_dim=128, aligned=128), 1, "ELEMENT_BF16"),
+        (GemmShape(tiles, 3, 144, 3, head_dim=64, aligned=128), 1, "ELEMENT_BF16"),
+        (GemmShape(tiles, 3, 192, 3, head_dim=64), 0, "ELEMENT_F16"),
         (GemmShape(tiles, 3, 256, 1, head_dim=64), 1, "ELEMENT_BF16"),
         (GemmShape(mxfp4, 3, 224, 2, head_dim=128), 1, "ELEMENT_BF16"),
     ):

@@ -11,7 +11,7 @@
 //            it. Slots that no row of a block may see are never used: they may hold anything, NaN included.
 // block_table int [max_sequences][max_pages]                page of positions 64 i to 64 i + 63
 // sequences  int4 [num_sequences]                           {row of block_table, first token in q, new tokens, tokens before}
-// items      int2 [*num_items]                              {sequence, tile of ROWS rows}, longest first
+// items      int2 [*num_items]                              {sequence, tile of ROWS rows}, the most to do first
 // window     positions seen, self included; 0 for all
 // scale      of q k^T, positive: HEAD_DIM ** -0.5
 // sinks      [num_heads] E, or float with SINKS_F32; or null
@@ -77,14 +77,17 @@ struct Rows {
     float largest[2];       // raw scores; -infinity until one is seen
     float total[2];         // of this lane's columns
     float correction[2];    // of what was summed before the last tile
+    int used;               // 2, or fewer of g and g + 8 where the warp's 16 rows go beyond the tile's last
 
     MEMBER void enter(const Tile& tile, int row_in_block, int group, int window) {
+        used = min(2, (tile.last_row - tile.first_row - row_in_block / 16 * 16 + 8) / 8);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             last[h] = tile.context + tile.row(row_in_block + 8 * h) / group;
             first[h] = window > 0 ? last[h] - window + 1 : 0;
             largest[h] = -__int_as_float(0x7f800000);
             total[h] = 0.0f;
+            correction[h] = 1.0f;
         }
     }
 
@@ -102,6 +105,7 @@ struct Rows {
     MEMBER void softmax(float (&s)[N], float scale_log2) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
+            if (h >= used) break;
             float now = largest[h];
 #pragma unroll
             for (int j = 2 * h; j < N; j += 4) now = fmaxf(now, fmaxf(s[j], s[j + 1]));

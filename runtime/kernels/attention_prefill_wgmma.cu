@@ -89,12 +89,13 @@ DEVICE void load_queries(const Shared& shared, const Work& work, const Element* 
         const Tile tile = work.tile(work.number(round));
         mbarrier_wait(shared.query_empty(set), (round / 2 & 1) ^ 1);
         if (thread == 0) shared.tiles[set] = tile;
-        const int chunk = thread % (PANELS * 8);
+        const int chunk = thread % (PANELS * 8), last = tile.last_row - tile.first_row;
         const Element* first = queries_of(q, tile, work.num_kv_heads, work.group) + 8 * chunk;
 #pragma unroll 1
-        for (int row = thread / (PANELS * 8); row < 64 * active_consumers(tile); row += QUERY_THREADS / (PANELS * 8)) {
+        for (int row = thread / (PANELS * 8); row <= (last | 63); row += QUERY_THREADS / (PANELS * 8)) {
             const u32 target = shared.query(set) + chunk / 8 * QUERY_PANEL_BYTES + row * 128 + ((chunk % 8) ^ (row & 7)) * 16;
-            copy_async_16(target, first + query_offset(tile.row(row), work.num_kv_heads, work.group));
+            const int existing = tile.first_row + min(row, last);  // others become zero, and their scores
+            copy_async_16_or_zero(target, first + query_offset(existing, work.num_kv_heads, work.group), row <= last);
         }
         copy_async_commit();
         copy_async_wait<0>();
@@ -108,22 +109,24 @@ struct Cache {
     const Element* head;        // K of the tile's key-value head in page 0
     const int* block_row;       // of the tile's sequence
     u32 part_elements;          // K to V
-    int first_page, last_page;  // of positions that some row sees
+    int begin, end;             // positions that some row sees
 
-    // Pages of a key tile; -1 where nothing is seen (block_row may hold anything there).
-    MEMBER int page(int i) const { return i >= first_page && i <= last_page ? block_row[i] : -1; }
-    MEMBER int2 pages(int i) const { return make_int2(page(2 * i), page(2 * i + 1)); }
+    // Pages of the key tile from position `key` on; -1 where nothing is seen (block_row may hold anything there).
+    MEMBER int page(int key) const { return key + PAGE > begin && key < end ? block_row[key / PAGE] : -1; }
+    MEMBER int2 pages(int key) const { return make_int2(page(key), page(key + PAGE)); }
 
-    MEMBER void load(u32 target, u32 barrier, int2 pages, int part) const {
-        mbarrier_arrive_expect(barrier, ((pages.x >= 0) + (pages.y >= 0)) * (PANELS * PAGE_PANEL_BYTES));
-        if (pages.x >= 0) load_page(target, barrier, pages.x, part);
-        if (pages.y >= 0) load_page(target + PAGE_PANEL_BYTES, barrier, pages.y, part);
+    // Positions from `end` on are not fetched.
+    MEMBER void load(u32 target, u32 barrier, int2 pages, int key, int part) const {
+        const int first = pages.x < 0 ? 0 : bytes(end - key), second = pages.y < 0 ? 0 : bytes(end - key - PAGE);
+        mbarrier_arrive_expect(barrier, PANELS * (first + second));
+        if (first > 0) load_page(target, barrier, pages.x, first, part);
+        if (second > 0) load_page(target + PAGE_PANEL_BYTES, barrier, pages.y, second, part);
     }
-    MEMBER void load_page(u32 target, u32 barrier, int page, int part) const {
+    static MEMBER int bytes(int rows) { return min(rows, PAGE) * 128; }  // of a panel
+    MEMBER void load_page(u32 target, u32 barrier, int page, int bytes, int part) const {
         const Element* source = head + static_cast<u64>(2 * page + part) * part_elements;
 #pragma unroll
-        for (int p = 0; p < PANELS; ++p)
-            copy_bulk(target + p * PANEL_BYTES, source + p * PANEL_ELEMENTS, PAGE_PANEL_BYTES, barrier);
+        for (int p = 0; p < PANELS; ++p) copy_bulk(target + p * PANEL_BYTES, source + p * PANEL_ELEMENTS, bytes, barrier);
     }
 };
 
@@ -133,22 +136,22 @@ DEVICE void load_cache(const Shared& shared, const Work& work, const Element* kv
     for (int round = 0; work.number(round) < work.total; ++round) {
         const Tile tile = work.tile(work.number(round));
         const Cache cache = {kv + tile.kv_head * HEAD_ELEMENTS, block_table + static_cast<u64>(tile.slot) * max_pages,
-                             static_cast<u32>(work.num_kv_heads * HEAD_ELEMENTS), tile.begin / PAGE, (tile.end - 1) / PAGE};
-        const int last = (tile.end - 1) / KEYS;
-        int2 pages = cache.pages(tile.begin / KEYS);
+                             static_cast<u32>(work.num_kv_heads * HEAD_ELEMENTS), tile.begin, tile.end};
+        int key = tile.begin / KEYS * KEYS;
+        int2 pages = cache.pages(key);
         mbarrier_wait(shared.key_empty(n), parity_of(n) ^ 1);
-        cache.load(shared.key(n), shared.key_full(n), pages, 0);
-        int2 next_pages = cache.pages(tile.begin / KEYS + 1);
+        cache.load(shared.key(n), shared.key_full(n), pages, key, 0);
+        int2 next_pages = cache.pages(key + KEYS);
 #pragma unroll 1
-        for (int i = tile.begin / KEYS; i <= last; ++i, ++n) {
-            if (i < last) {
+        for (; key < tile.end; key += KEYS, ++n) {
+            if (key + KEYS < tile.end) {
                 mbarrier_wait(shared.key_empty(n + 1), parity_of(n + 1) ^ 1);
-                cache.load(shared.key(n + 1), shared.key_full(n + 1), next_pages, 0);
+                cache.load(shared.key(n + 1), shared.key_full(n + 1), next_pages, key + KEYS, 0);
             }
             mbarrier_wait(shared.value_empty(n), parity_of(n) ^ 1);
-            cache.load(shared.value(n), shared.value_full(n), pages, 1);
+            cache.load(shared.value(n), shared.value_full(n), pages, key, 1);
             pages = next_pages;
-            next_pages = cache.pages(i + 2);  // arrives while the next slots are waited for
+            next_pages = cache.pages(key + 2 * KEYS);  // arrives while the next slots are waited for
         }
     }
 }

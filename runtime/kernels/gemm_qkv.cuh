@@ -10,7 +10,7 @@ constexpr int TEAM_GROUPS = HEAD_DIM / 64;
 constexpr int TEAMS = ROW_GROUPS / TEAM_GROUPS;
 constexpr int TEAM_WARPS = 4 * TEAM_GROUPS;
 constexpr int TEAM_THREADS = 128 * TEAM_GROUPS;
-constexpr int BATCH = TILE_TOKENS < 32 ? TILE_TOKENS : 32;
+constexpr int BATCH = TILE_TOKENS % 32 == 0 ? 32 : 16;
 constexpr int BATCH_SLICES = BATCH / 8;
 constexpr int HEAD_PITCH = HEAD_DIM + 8;  // elements of a token in a buffer, so that a warp's stores meet no bank twice
 constexpr int TEAM_TOKENS = (TILE_TOKENS + TEAM_THREADS - 1) / TEAM_THREADS;  // of a thread, when each token has one

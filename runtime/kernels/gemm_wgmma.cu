@@ -42,12 +42,15 @@ constexpr int CONSUMER_REGISTERS = ROW_GROUPS == 3 ? 152 : 232;
 constexpr int STAGE_COLUMNS = 64 * STAGE_PANELS;
 constexpr int STAGE_STEPS = STAGE_COLUMNS / STEP_COLUMNS;
 constexpr int PANEL_PRODUCTS = 4;  // wgmma of 16 columns each
+constexpr int GROUP_PANELS = CODEC_MXFP4 ? 1 : STAGE_PANELS;  // whose products are started together; decoding takes registers
+constexpr int GROUPS = STAGE_PANELS / GROUP_PANELS;           // of a stage
+constexpr int SETS = ROW_GROUPS == 3 && TILE_TOKENS > (EPILOGUE == 3 ? 144 : 176) ? 1 : 2;  // of A fragments, as registers allow
 constexpr int PANEL_BYTES = TILE_TOKENS * 128;
 constexpr int WEIGHT_BYTES = STAGE_STEPS * STEP_BYTES;  // of a row block and stage
 constexpr int WEIGHTS_OFFSET = STAGE_PANELS * PANEL_BYTES;
 constexpr int SLOT_BYTES = (WEIGHTS_OFFSET + CONSUMER_WARPS * WEIGHT_BYTES + 1023) / 1024 * 1024;
 static_assert(STAGE_STEPS * STEP_COLUMNS == STAGE_COLUMNS, "a stage is whole steps");
-static_assert(STAGE_PANELS == 1 || STAGE_PANELS == 2, "see accumulate");
+static_assert(STAGE_PANELS == 1 || (STAGE_PANELS == 2 && WHOLE_STAGES), "the last stage may have half a panel, but not one of two");
 static_assert(PANEL_BYTES % 1024 == 0 && WEIGHT_BYTES % 16 == 0, "swizzle groups and bulk copies stay aligned");
 static_assert(STAGES >= 2, "a slot is free once the next stage's products are on their way");
 
@@ -83,8 +86,7 @@ struct Matrix {
     const u8* activations;
     int row_blocks, steps, stages, tokens_padded, num_tokens;
 
-    MEMBER int stage_steps(int stage) const { return min(STAGE_STEPS, steps - stage * STAGE_STEPS); }
-    MEMBER int stage_panels(int stage) const { return STAGE_PANELS == 1 ? 1 : (stage_steps(stage) * STEP_COLUMNS + 63) / 64; }
+    MEMBER int stage_steps(int stage) const { return WHOLE_STAGES ? STAGE_STEPS : min(STAGE_STEPS, steps - stage * STAGE_STEPS); }
     // Groups of 8 tokens, which tokens_padded has whole.
     MEMBER int tile_slices(const Tile& tile) const { return min(SLICES, (num_tokens + 7) / 8 - tile.token / 8); }
 };
@@ -187,7 +189,7 @@ struct Producer {
     MEMBER void fetch(const Matrix& m, const Ring& ring, int slot, const Tile& tile, int stage) const {
         const bool is_weights = lane < CONSUMER_WARPS;
         const int row_block = tile.row_tile * CONSUMER_WARPS + lane, panel = lane - CONSUMER_WARPS;
-        const bool exists = is_weights ? row_block < m.row_blocks : panel < m.stage_panels(stage);
+        const bool exists = is_weights ? row_block < m.row_blocks : panel < STAGE_PANELS;
         const int bytes = !exists ? 0 : is_weights ? m.stage_steps(stage) * STEP_BYTES : m.tile_slices(tile) * 1024;
         const u32 barrier = ring.full(slot);
         if (WEIGHTS) {
@@ -223,44 +225,53 @@ DEVICE void load_panel(u32 (&a)[PANEL_PRODUCTS][4], const u8* weights, int panel
     }
 }
 
-// Starts acc += a b for one panel.
-DEVICE void multiply(Sums& acc, const u32 (&a)[PANEL_PRODUCTS][4], u32 panel) {
-    const u64 b = swizzled_descriptor(panel, 16, 1024);
+typedef u32 GroupFragments[GROUP_PANELS][PANEL_PRODUCTS][4];
+
+// Starts acc += a b for a group of panels.
+DEVICE void multiply(Sums& acc, const GroupFragments& a, u32 panels) {
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < PANEL_PRODUCTS; ++i) wgmma(acc, a[i], b + 2 * i);  // 16 columns are 32 bytes of a row
+    for (int panel = 0; panel < GROUP_PANELS; ++panel) {
+        const u64 b = swizzled_descriptor(panels + panel * PANEL_BYTES, 16, 1024);
+#pragma unroll
+        for (int i = 0; i < PANEL_PRODUCTS; ++i) wgmma(acc, a[panel][i], b + 2 * i);  // 16 columns are 32 bytes of a row
+    }
     wgmma_commit();
 }
 
-// The sums of a tile's stages. One panel's products run while the next one's A fragments are loaded, into two sets of registers in turn.
+// The sums of a tile's stages. One group's products run while the next one's A fragments are loaded, into two sets of registers
+// in turn; with one set those of other warpgroups do.
 DEVICE void accumulate(Sums& acc, const Matrix& m, Ring& ring, const u8* weights, const Tile& tile, int lane) {
-    u32 a[2][PANEL_PRODUCTS][4];
+    GroupFragments a[SETS];
 #pragma unroll
     for (int i = 0; i < TILE_TOKENS / 2; ++i) acc[i] = 0.0f;
     pin_registers(acc);
-    int stage = tile.begin, panel = 0, before = -1;  // panel of the stage; slot of the stage before
-    auto load = [&](u32 (&set)[PANEL_PRODUCTS][4]) {
-        if (panel == 0) mbarrier_wait(ring.full(ring.slot), ring.parity);
-        load_panel(set, weights + ring.slot * SLOT_BYTES, panel, m.stage_steps(stage), lane);
+    int stage = tile.begin, group = 0, before = -1;  // group of the stage; slot of the stage before
+    auto load = [&](GroupFragments& set) {
+        if (group == 0) mbarrier_wait(ring.full(ring.slot), ring.parity);
+#pragma unroll
+        for (int i = 0; i < GROUP_PANELS; ++i)
+            load_panel(set[i], weights + ring.slot * SLOT_BYTES, group * GROUP_PANELS + i, m.stage_steps(stage), lane);
     };
     load(a[0]);
     while (stage < tile.end) {
 #pragma unroll
-        for (int set = 0; set < 2; ++set) {
-            multiply(acc, a[set], ring.slots + ring.slot * SLOT_BYTES + panel * PANEL_BYTES);
-            wgmma_wait<1>();  // the panel before
-            if (panel == 0 && before >= 0) ring.release(before, lane);
-            if (++panel == m.stage_panels(stage)) {
-                panel = 0, before = ring.slot;
+        for (int set = 0; set < SETS; ++set) {
+            multiply(acc, a[set], ring.slots + ring.slot * SLOT_BYTES + group * GROUP_PANELS * PANEL_BYTES);
+            wgmma_wait<SETS - 1>();  // the group before, with one set this one
+            if (SETS > 1 && group == 0 && before >= 0) ring.release(before, lane);
+            if (++group == GROUPS) {
+                group = 0, before = ring.slot;
+                if (SETS == 1) ring.release(before, lane);
                 ring.advance();
                 if (++stage == tile.end) break;
             }
-            load(a[set ^ 1]);
+            load(a[(set + 1) % SETS]);
         }
     }
     wgmma_wait<0>();
     pin_registers(acc);
-    ring.release(before, lane);
+    if (SETS > 1) ring.release(before, lane);
 }
 
 #if SPLIT

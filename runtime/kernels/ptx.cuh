@@ -298,40 +298,60 @@ DEVICE void wgmma_m64n64k16_transposed(float (&d)[32], u32 a0, u32 a1, u32 a2, u
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && defined(WGMMA_N)
 // Per width: shape, names of the N / 2 accumulators, those of A's four registers and of B's descriptor, the accumulators.
-#define WGMMA_NAMES_16 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define WGMMA_NAMES_48 \
-    WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define WGMMA_NAMES_80 \
-    WGMMA_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define WGMMA_NAMES_96 \
-    WGMMA_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define WGMMA_NAMES_112 \
-    WGMMA_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
-#define WGMMA_NAMES_128 \
-    WGMMA_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define WGMMA_NAMES_16 WGMMA_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_NAMES_24 WGMMA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define WGMMA_NAMES_40 WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_NAMES_48 WGMMA_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_NAMES_56 WGMMA_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_NAMES_72 WGMMA_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define WGMMA_NAMES_80 WGMMA_NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_NAMES_88 WGMMA_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define WGMMA_NAMES_96 WGMMA_NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_NAMES_104 WGMMA_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define WGMMA_NAMES_112 WGMMA_NAMES_104 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define WGMMA_NAMES_120 WGMMA_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define WGMMA_NAMES_128 WGMMA_NAMES_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_8(d, i) WGMMA_4(d, i), WGMMA_4(d, i + 4)
 #define WGMMA_32(d, i) WGMMA_16(d, i), WGMMA_16(d, i + 16)
 #define WGMMA_64(d, i) WGMMA_32(d, i), WGMMA_32(d, i + 32)
 #if WGMMA_N == 16
-#define WGMMA_OPERANDS "n16", "%0, %1, %2, %3, %4, %5, %6, %7", "{%8, %9, %10, %11}, %12", WGMMA_4(d, 0), WGMMA_4(d, 4)
+#define WGMMA_OPERANDS "n16", WGMMA_NAMES_8, "{%8, %9, %10, %11}, %12", WGMMA_8(d, 0)
 #elif WGMMA_N == 32
 #define WGMMA_OPERANDS "n32", WGMMA_NAMES_16, "{%16, %17, %18, %19}, %20", WGMMA_16(d, 0)
+#elif WGMMA_N == 48
+#define WGMMA_OPERANDS "n48", WGMMA_NAMES_24, "{%24, %25, %26, %27}, %28", WGMMA_16(d, 0), WGMMA_8(d, 16)
 #elif WGMMA_N == 64
 #define WGMMA_OPERANDS "n64", WGMMA_NAMES_32, "{%32, %33, %34, %35}, %36", WGMMA_32(d, 0)
+#elif WGMMA_N == 80
+#define WGMMA_OPERANDS "n80", WGMMA_NAMES_40, "{%40, %41, %42, %43}, %44", WGMMA_32(d, 0), WGMMA_8(d, 32)
 #elif WGMMA_N == 96
 #define WGMMA_OPERANDS "n96", WGMMA_NAMES_48, "{%48, %49, %50, %51}, %52", WGMMA_32(d, 0), WGMMA_16(d, 32)
+#elif WGMMA_N == 112
+#define WGMMA_OPERANDS "n112", WGMMA_NAMES_56, "{%56, %57, %58, %59}, %60", WGMMA_32(d, 0), WGMMA_16(d, 32), WGMMA_8(d, 48)
 #elif WGMMA_N == 128
 #define WGMMA_OPERANDS "n128", WGMMA_NAMES_64, "{%64, %65, %66, %67}, %68", WGMMA_64(d, 0)
+#elif WGMMA_N == 144
+#define WGMMA_OPERANDS "n144", WGMMA_NAMES_72, "{%72, %73, %74, %75}, %76", WGMMA_64(d, 0), WGMMA_8(d, 64)
 #elif WGMMA_N == 160
 #define WGMMA_OPERANDS "n160", WGMMA_NAMES_80, "{%80, %81, %82, %83}, %84", WGMMA_64(d, 0), WGMMA_16(d, 64)
+#elif WGMMA_N == 176
+#define WGMMA_OPERANDS "n176", WGMMA_NAMES_88, "{%88, %89, %90, %91}, %92", WGMMA_64(d, 0), WGMMA_16(d, 64), WGMMA_8(d, 80)
 #elif WGMMA_N == 192
 #define WGMMA_OPERANDS "n192", WGMMA_NAMES_96, "{%96, %97, %98, %99}, %100", WGMMA_64(d, 0), WGMMA_32(d, 64)
+#elif WGMMA_N == 208
+#define WGMMA_OPERANDS "n208", WGMMA_NAMES_104, "{%104, %105, %106, %107}, %108", \
+    WGMMA_64(d, 0), WGMMA_32(d, 64), WGMMA_8(d, 96)
 #elif WGMMA_N == 224
-#define WGMMA_OPERANDS "n224", WGMMA_NAMES_112, "{%112, %113, %114, %115}, %116", WGMMA_64(d, 0), WGMMA_32(d, 64), WGMMA_16(d, 96)
+#define WGMMA_OPERANDS "n224", WGMMA_NAMES_112, "{%112, %113, %114, %115}, %116", \
+    WGMMA_64(d, 0), WGMMA_32(d, 64), WGMMA_16(d, 96)
+#elif WGMMA_N == 240
+#define WGMMA_OPERANDS "n240", WGMMA_NAMES_120, "{%120, %121, %122, %123}, %124", \
+    WGMMA_64(d, 0), WGMMA_32(d, 64), WGMMA_16(d, 96), WGMMA_8(d, 112)
 #elif WGMMA_N == 256
 #define WGMMA_OPERANDS "n256", WGMMA_NAMES_128, "{%128, %129, %130, %131}, %132", WGMMA_64(d, 0), WGMMA_64(d, 64)
 #else
-#error "WGMMA_N is none of 16, 32, 64, 96, 128, 160, 192, 224, 256"
+#error "WGMMA_N is no multiple of 16 up to 256"
 #endif
 #define WGMMA_STATEMENT(shape, names, inputs, ...) \
     asm volatile("wgmma.mma_async.sync.aligned.m64" shape "k16" WGMMA_TYPES "{" names "}, " inputs ", 1, 1, 1, 0;" \

@@ -226,10 +226,10 @@ def test_sequence_and_chunks_alone_or_among_others(gpu: Any, build: PrefillAtten
     np.testing.assert_array_equal(np.concatenate(chunks), together[0])
 
 
-def test_work_lists_hold_every_row_once_and_the_longest_first() -> None:
+def test_work_lists_hold_every_row_once_and_the_most_to_do_first() -> None:
     build = PrefillAttention(128, True)
     items = build.items(np.array([[0, 0, 100, 0], [1, 100, 33, 500]], np.int32), 4, 0)
-    assert items.tolist() == [[1, 1], [1, 0], [0, 3], [0, 2], [0, 1], [0, 0]]
+    assert items.tolist() == [[1, 0], [1, 1], [0, 2], [0, 1], [0, 3], [0, 0]]
     assert build.items(np.array([[0, 0, 129, 0]], np.int32), 1, 16).tolist() == [[0, 0], [0, 1]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +26,8 @@ SHAPES = [
     (2560, 4096, 256), (2560, 9728, 512), (6160, 576, 1000), (1001, 96, 70), (333, 2560, 300),
 ]  # fmt: skip
 TILES = [  # tokens, warpgroups
-    (16, 1), (16, 2), (32, 2), (64, 1), (64, 3), (96, 2), (128, 3), (128, 1), (160, 2), (160, 3), (192, 1), (192, 2), (224, 2),
-    (256, 1), (256, 2),
+    (16, 1), (16, 2), (32, 2), (48, 1), (64, 1), (64, 3), (80, 1), (96, 2), (112, 3), (128, 3), (128, 1), (144, 2), (160, 2),
+    (160, 3), (176, 1), (176, 3), (192, 1), (192, 2), (192, 3), (208, 2), (224, 2), (240, 1), (256, 1), (256, 2),
 ]  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def compiled_ahead(gpu: Any, request: pytest.FixtureRequest) -> None:
     if len([item for item in request.session.items if item.path == request.path]) < _FEW_TESTS:
         return
     shapes = [gemm_shape(layout, 0, *case, gpu.num_sms) for case in SHAPES for layout in LANE_COLUMNS]
-    shapes += [GemmShape("tile16x512", 0, *tile) for tile in TILES]
+    shapes += [GemmShape("tile16x512", 0, *tile, aligned=aligned) for tile in TILES for aligned in (32, 64, 128)]
     builds = [defines(replace(shape, epilogue=epilogue), "BF16") for shape in shapes for epilogue in (0, 1)]
     for rows, tokens, _ in SWIGLU:
         for layout, dtype in GATED:
@@ -143,12 +144,14 @@ def test_planned_shapes(gpu: Any, rows: int, columns: int, tokens: int, layout: 
 
 
 @pytest.mark.parametrize(("tile", "groups"), TILES)
-def test_every_tile(gpu: Any, tile: int, groups: int) -> None:
+@pytest.mark.parametrize("columns", [608, 576, 640])
+def test_every_tile(gpu: Any, tile: int, groups: int, columns: int) -> None:
     rng = np.random.default_rng(tile)
-    weights = matrix(rng, 1104, 608, "BF16", "tile16x512")  # 69 row blocks, 19 steps
+    weights = matrix(rng, 1104, columns, "BF16", "tile16x512")  # 69 row blocks
+    shape = GemmShape("tile16x512", 0, tile, groups, aligned=math.gcd(columns, 128))
     for tokens in (1, tile - 3, 2 * tile + 5):
-        x = rng.standard_normal((tokens, 608)).astype(np.float32)
-        check_store_and_add(gpu, weights, x, GemmShape("tile16x512", 0, tile, groups))
+        x = rng.standard_normal((tokens, columns)).astype(np.float32)
+        check_store_and_add(gpu, weights, x, shape)
 
 
 @pytest.mark.parametrize("columns", [32, 64, 160, 1056])
@@ -163,13 +166,13 @@ def test_few_and_many_tiles_of_a_block(gpu: Any, groups: int, blocks: int, colum
 
 
 @pytest.mark.parametrize("blocks", [2, 4, 14, 66, 132])
-@pytest.mark.parametrize("layout", ["tile16x512", "mxfp4"])
-def test_divided_among_few_and_many_blocks(gpu: Any, layout: str, blocks: int) -> None:
+@pytest.mark.parametrize(("layout", "columns"), [("tile16x512", 2592), ("tile16x512", 2560), ("mxfp4", 2560)])
+def test_divided_among_few_and_many_blocks(gpu: Any, layout: str, columns: int, blocks: int) -> None:
     rng = np.random.default_rng(blocks)
-    weights = matrix(rng, 720, 2592 if layout == "tile16x512" else 2560, "BF16", layout)
+    weights = matrix(rng, 720, columns, "BF16", layout)
     for tokens, tile in ((11, 16), (27, 32), (33, 64)):
         x = rng.standard_normal((tokens, weights.values.shape[1])).astype(np.float32)
-        shape = GemmShape(layout, 0, tile, 1, split=True)
+        shape = GemmShape(layout, 0, tile, 1, split=True, aligned=math.gcd(columns, 128))
         check_store_and_add(gpu, weights, x, shape, blocks=min(blocks, gpu.num_sms))
 
 

@@ -5,6 +5,7 @@ So is the product that does the same to its own results (`gemm_qkv.cuh`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,6 +218,8 @@ PRODUCTS = [  # heads, warpgroups, tile, layout, whether there is a bias
     (Heads(64, 3, 1, "head", dtype="F16"), 1, 256, "tile16x512", False),
     (Heads(64, 8, 1, "head", 1.0), 2, 16, "tile16x512", True),
     (Heads(64, 2, 1, "none"), 1, 64, "mxfp4", False),
+    (Heads(128, 3, 1, "head", 0.9), 2, 112, "tile16x512", False),
+    (Heads(64, 2, 1, "head"), 1, 48, "tile16x512", False),
 ]
 
 
@@ -236,7 +239,7 @@ def test_product_that_goes_on(gpu: Any, heads: Heads, groups: int, tile: int, la
     if gpu.arch != "sm_90a":
         pytest.skip("wgmma is for sm_90a")
     rng = np.random.default_rng(tile)
-    columns, (q_rows, k_rows) = 288, heads.columns
+    columns, (q_rows, k_rows) = 288 if has_bias else 384, heads.columns
     lengths = ((1, 0, 70), (-1, 0, 9), (3, 64, 65), (0, 191, 200 + tile))  # slot, first and last position + 1 of a chunk
     positions = np.concatenate([np.arange(first, last) for _, first, last in lengths]).astype(np.int32)
     slots = np.repeat([slot for slot, _, _ in lengths], [last - first for _, first, last in lengths]).astype(np.int32)
@@ -245,7 +248,8 @@ def test_product_that_goes_on(gpu: Any, heads: Heads, groups: int, tile: int, la
     weights = matrix(rng, q_rows + 2 * k_rows, columns, heads.dtype, layout)
     x = rng.standard_normal((len(positions), columns)).astype(np.float32)
     bias = as_bits(rng.standard_normal(q_rows + 2 * k_rows), heads.dtype) if has_bias else None
-    shape = GemmShape(layout, EPILOGUE_QKV, tile, groups, head_dim=heads.head_dim)
+    aligned = math.gcd(columns, 128)
+    shape = GemmShape(layout, EPILOGUE_QKV, tile, groups, head_dim=heads.head_dim, aligned=aligned)
     build = {**shape.defines(), **heads.defines, "Y_LANE_COLUMNS": 8, "Y_SCALAR": 0, "BIAS_F32": 0}
     kernel = gpu.compile("gemm_wgmma", "gemm_wgmma", **build)
     tokens_padded = -(-len(x) // 8) * 8 + 24
