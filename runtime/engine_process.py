@@ -7,6 +7,7 @@ fails the requests it had and starts another.
 from __future__ import annotations
 
 import gc
+import select
 import signal
 import socket
 import sys
@@ -118,16 +119,23 @@ class EngineProcess:
     def _serve(self, scheduler: Scheduler) -> None:
         said = 0.0
         while True:
-            data = self._receive(wait=scheduler.is_idle)
-            if data:
-                self._pending += self._unframer.feed(data)
-            refused = [emission for message in self._pending for emission in self._handle(scheduler, message)]
-            self._pending.clear()
+            refused = self._take_messages(scheduler, wait=scheduler.is_idle)
+            while (seconds := scheduler.spare_seconds()) > 0 and select.select([self._connection], [], [], seconds)[0]:
+                refused += self._take_messages(scheduler, wait=False)
             emitted = scheduler.step()
             now = time.monotonic()
             if emitted or refused or now > said + _SIGN_SECONDS:
                 self._send(progress(scheduler, emitted, refused))
                 said = now
+
+    def _take_messages(self, scheduler: Scheduler, wait: bool) -> list[Emission]:
+        """What has come, handled; refusals."""
+        data = self._receive(wait)
+        if data:
+            self._pending += self._unframer.feed(data)
+        refused = [emission for message in self._pending for emission in self._handle(scheduler, message)]
+        self._pending.clear()
+        return refused
 
     def _handle(self, scheduler: Scheduler, data: bytes) -> list[Emission]:
         message = to_engine_decoder.decode(data)

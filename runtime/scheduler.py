@@ -7,11 +7,13 @@ at most twice as long and tokens come evenly, and less while all decode, so that
 Where the executor runs ahead, a pass is planned before the last one's tokens are known: a sequence that turns out to have
 ended had one more token computed, and keeps slot and pages until that pass is collected. A sequence most of whose prompt
 another one is just computing waits for its pages. When pages run out, the sequence admitted last gives its pages up and is
-computed again later.
+computed again later. What comes while a pass runs can be in the next one, if that is planned late enough: `spare_seconds` says
+how long planning may wait.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -30,6 +32,9 @@ PREFILL_CHUNK = 192
 CHUNK_PER_SEQUENCE = 4  # the more decode, the longer a pass takes anyway, and the more end and make room for others
 CHUNK_PER_PROMPT = 4  # beside that, where prompts wait: a queue that fills at once is read in large passes
 _EXPIRY_SECONDS = 0.01  # between looks at deadlines
+_PLANNING_SECONDS = 2e-3  # before a pass ends the next one is planned: some times what that takes, or half of the pass
+_ALIKE_TOKENS = 32  # passes that differ by fewer tokens are expected to take as long
+_SLOWER, _SLOWER_SECONDS = 1.1, 1e-4  # expectations rise by so much at once: one pass that was late must not make others late
 
 Planned = list[tuple[Sequence, SequenceStep]]
 
@@ -72,6 +77,8 @@ class Scheduler:
         self._emitted: list[Emitted] = []
         self._preemptions = self._prefix_tokens = self._prompt_tokens = 0
         self._next_expiry = 0.0
+        self._begun = 0.0  # when the oldest pass in flight began to run
+        self._expected: dict[int, float] = {}  # seconds of passes by their tokens
 
     @property
     def is_idle(self) -> bool:
@@ -114,11 +121,20 @@ class Scheduler:
         planned = self._plan()
         if planned:
             ticket = self._executor.submit([step for _, step in planned])
+            if not self._flying:
+                self._begun = self._clock()
             self._flying.append((ticket, planned))
         if self._flying and (not planned or len(self._flying) > self._executor.steps_ahead):
             self._collect()
         emitted, self._emitted = self._emitted, []
         return emitted
+
+    def spare_seconds(self) -> float:
+        """How long the next `step` may wait for requests without keeping the device waiting; 0 where none could be admitted."""
+        if not self._free_slots or not len(self._flying) == self._executor.steps_ahead == 1:
+            return 0.0
+        expected = self._expected.get(_size(self._flying[0][1]), 0.0)
+        return max(0.0, self._begun + expected - max(expected / 2, _PLANNING_SECONDS) - self._clock())
 
     def _expire(self) -> None:
         now = self._clock()
@@ -256,6 +272,10 @@ class Scheduler:
     def _collect(self) -> None:
         ticket, planned = self._flying.popleft()
         results = iter(self._executor.collect(ticket))
+        now, size = self._clock(), _size(planned)
+        slowest = self._expected.get(size, math.inf) * _SLOWER + _SLOWER_SECONDS
+        self._expected[size] = min(now - self._begun, slowest)
+        self._begun = now  # of the next one, which was waiting
         for sequence, step in planned:
             sequence.in_flight -= 1
             sequence.sampling -= step.sample
@@ -332,3 +352,8 @@ class Scheduler:
         if not sequence.finish:
             sequence.is_preempted = False
             self._waiting.push_preempted(sequence)
+
+
+def _size(planned: Planned) -> int:
+    """What passes that are alike share."""
+    return sum(step.num_tokens for _, step in planned) // _ALIKE_TOKENS

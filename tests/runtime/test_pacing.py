@@ -66,36 +66,51 @@ class ModelledDevice:
     def close(self) -> None:
         pass
 
+    def clock(self) -> float:
+        return self.now / 1e3
+
 
 class Clients:
-    """A closed loop: each client asks again when it is answered. `times`: when each sequence's tokens came, in ms."""
+    """A closed loop: each client asks again some ms after it is answered. In ms: when each sequence's tokens came, and how
+    long after they were asked for the first ones came.
+    """
 
-    def __init__(self, scheduler: Scheduler, count: int, rounds: int) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, count: int, rounds: int, away: float = 0.0) -> None:
+        self._scheduler, self._away = scheduler, away
         self._source = random.Random(3)
         self._left: dict[int, int] = {}
+        self._asking: list[tuple[float, int]] = []  # when, and rounds that are left
         self.times: dict[int, list[float]] = {}
+        self.first: list[float] = []
+        self._asked: dict[int, float] = {}
         for _ in range(count):
-            self._ask(rounds)
+            self._ask(0.0, rounds)
 
-    def _ask(self, rounds: int) -> None:
+    def _ask(self, now: float, rounds: int) -> None:
         number = len(self.times)
         prompt = [self._source.randrange(1000) for _ in range(PROMPT)]
         self._scheduler.add(Request(number, "a", prompt, SamplingParameters(), OUTPUT))
-        self._left[number], self.times[number] = rounds - 1, []
+        self._left[number], self.times[number], self._asked[number] = rounds - 1, [], now
 
-    def run(self, device: ModelledDevice) -> None:
-        while not self._scheduler.is_idle:
+    def run(self, device: ModelledDevice, waits: bool = True) -> None:
+        """`waits`: passes are planned as late as the scheduler says, as the engine's process does."""
+        while self._asking or not self._scheduler.is_idle:
+            if waits:
+                device.now += 1e3 * self._scheduler.spare_seconds()
+            while self._asking and self._asking[0][0] <= device.now:
+                self._ask(*self._asking.pop(0))
             for emitted in self._scheduler.step():
+                if not self.times[emitted.id]:
+                    self.first.append(device.now - self._asked[emitted.id])
                 self.times[emitted.id].append(device.now)
                 if emitted.finish and self._left[emitted.id]:
-                    self._ask(self._left[emitted.id])
+                    self._asking.append((device.now + self._away, self._left[emitted.id]))
 
 
 @pytest.mark.parametrize("count", [32, 128])
 def test_tokens_come_evenly_while_prompts_are_read(count: int) -> None:
     device = ModelledDevice()
-    clients = Clients(Scheduler(device, max_batch_tokens=2048), count, rounds=4)
+    clients = Clients(Scheduler(device, max_batch_tokens=2048, clock=device.clock), count, rounds=4)
     clients.run(device)
     between = np.concatenate([np.diff(times) for times in clients.times.values()])
     median, high = np.percentile(between, [50, 99])
@@ -104,6 +119,29 @@ def test_tokens_come_evenly_while_prompts_are_read(count: int) -> None:
     # what it would take with all prompts read first and every decode step full
     least = 4 * (count * PROMPT / 2048 * device.pass_ms(2048, 0) + OUTPUT * device.pass_ms(0, count))
     assert device.now < least / 0.88
+
+
+@pytest.mark.parametrize("count", [32, 128])
+def test_passes_are_planned_late_enough_for_what_comes_while_one_runs(count: int) -> None:
+    """A client that asks again within 2 ms waits for one pass less, and the device waits for nobody."""
+    soonest = []
+    for waits in (False, True):
+        device = ModelledDevice()
+        clients = Clients(Scheduler(device, max_batch_tokens=2048, clock=device.clock), count, rounds=4, away=2.0)
+        clients.run(device, waits)
+        soonest.append(np.percentile(clients.first, 10))  # most came together, and wait for one another
+        assert device.busy == pytest.approx(device.now)
+    assert soonest[0] - soonest[1] > 0.9 * device.pass_ms(4 * count, count - 1)
+
+
+def test_planning_waits_for_nobody_where_nobody_could_come_in() -> None:
+    device = ModelledDevice()
+    scheduler = Scheduler(device, max_batch_tokens=2048, clock=device.clock)
+    for number in range(device.max_sequences):
+        scheduler.add(Request(number, "a", [number] * PROMPT, SamplingParameters(), OUTPUT))
+    while len(scheduler.step()) < device.max_sequences:
+        assert not scheduler.load.waiting or scheduler.load.running < device.max_sequences or not scheduler.spare_seconds()
+    assert scheduler.spare_seconds() == 0
 
 
 def test_the_host_works_while_the_device_is_busy() -> None:
