@@ -1,18 +1,20 @@
 """Builds and launch numbers of `gemm_wgmma.cu`, the matrix product for many tokens; the kernel asserts that they are its own.
 
-A tile is one block's over all columns, so what a token gets depends on no other token. Only for few tokens, and matrices with
-too few tiles for all multiprocessors to read them, is the matrix divided evenly and the sums of what shares a tile added.
+A tile is one block's over all columns, so what a token gets depends on no other token. Where there are too few tiles for all
+multiprocessors, the matrix is divided evenly for few tokens and the sums of what shares a tile are added; for more tokens, in a
+product that adds to the residual stream, several blocks share the columns of large tiles and add one after the other.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
 TOKEN_TILES = tuple(range(16, 257, 16))
 SPLIT_TILES = (16, 32, 64)
+MAX_PARTS = 4
 SHARED_LIMIT_BYTES = 227 << 10
 EPILOGUE_STORE, EPILOGUE_ADD, EPILOGUE_SWIGLU, EPILOGUE_QKV = 0, 1, 2, 3
 FUSED_HEAD_DIMS = (64, 128)  # of EPILOGUE_QKV
@@ -27,6 +29,8 @@ _MOST_TOKENS = {1: 256, 2: 256, 3: 192}  # of row groups, as registers allow
 _MOST_FUSED_MXFP4_TOKENS = 224  # likewise, where MXFP4 is decoded and queries and keys are made
 _BAND_BYTES = 16 << 20  # of activations that stay in the L2 cache while the weights pass
 _PANEL_COLUMNS = 64
+_LEAST_PART_COLUMNS = 1024
+_PART_LAG_PANELS = 4  # that a part has more than the one before
 
 # The cost of a tile in clock cycles, for choosing among tiles; fitted to every tile's times for 11 numbers of tokens and four
 # matrices of a model (docs/performance.md): wgmma of 64 x N x 64 takes 2N, a panel's bytes get into shared memory, and a
@@ -35,6 +39,10 @@ _COPY_BYTES_PER_CYCLE = 60
 _PANEL_CYCLES, _PANEL_CYCLES_PER_TOKEN, _PANEL_CYCLES_PER_GROUP = 240, 1.4, 150
 _EXCHANGE_CYCLES_PER_TOKEN, _MEMORY_BYTES_PER_CYCLE = 150, 1420  # of a divided product, by all multiprocessors
 _END_CYCLES_PER_VALUE = {EPILOGUE_STORE: 0.2, EPILOGUE_ADD: 0.1, EPILOGUE_SWIGLU: 0.3, EPILOGUE_QKV: 0.3}
+# Likewise for choosing between parts and none, fitted to 98 tiles' times of 2560 x 9728 and 2560 x 4096 on an H200, 96 to 768
+# tokens, each for half a second.
+_BUSY_PANEL_CYCLES, _BUSY_CYCLES_PER_PRODUCT, _BUSY_END_CYCLES, _BUSY_PART_CYCLES = 117, 1.255, 3460, 3120
+_PARTS_SHARE = 0.97  # of the time without them, or less: the fit is off by some per cent
 _QKV_POST_CYCLES, _QKV_POST_CYCLES_PER_TOKEN = 9000, 25
 
 
@@ -49,6 +57,7 @@ class GemmShape:
     split: bool = False
     head_dim: int = 0  # with EPILOGUE_QKV
     aligned: int = 32  # divides the matrix's stored columns
+    parts: int = 1  # blocks that share a tile's columns, with EPILOGUE_ADD
 
     @property
     def threads(self) -> int:
@@ -108,6 +117,7 @@ class GemmShape:
             "STAGES": self.stages,
             "WHOLE_STAGES": int(self.layout == "mxfp4" or self.aligned % (self.stage_panels * _PANEL_COLUMNS) == 0),
             "SPLIT": int(self.split),
+            "PARTS": self.parts,
             "PLAN_SHARED_BYTES": self.shared_bytes,
             "PLAN_THREADS": self.threads,
         }
@@ -118,6 +128,8 @@ class GemmShape:
 
     def flags(self, num_sms: int) -> int:
         """Number of uint32 flags, zero before the first launch."""
+        if self.parts > 1:
+            return num_sms // self.parts * self.row_groups
         return num_sms * self.row_groups if self.split else 0
 
     def token_band(self, columns: int, num_tokens: int) -> int:
@@ -128,7 +140,10 @@ class GemmShape:
 
     def rounds(self, rows: int, num_tokens: int, num_sms: int) -> int:
         """Tiles of the block that has most."""
-        return -(-(-(-rows // self.rows) * -(-num_tokens // self.tile_tokens)) // num_sms)
+        return -(-self.tiles(rows, num_tokens) * self.parts // num_sms)
+
+    def tiles(self, rows: int, num_tokens: int) -> int:
+        return -(-rows // self.rows) * -(-num_tokens // self.tile_tokens)
 
 
 @cache
@@ -140,10 +155,22 @@ def gemm_shape(
     `invariant`: what a token gets does not depend on their number.
     """
     shapes = _whole_shapes(layout, epilogue, columns, num_tokens)
+    in_parts: list[GemmShape] = []
     if not invariant:
         aligned = _alignment(columns)
+        if epilogue == EPILOGUE_ADD and layout == "tile16x512":
+            in_parts = [
+                replace(shape, parts=parts)
+                for shape, parts in product(shapes, range(2, MAX_PARTS + 1))
+                if parts * shape.tiles(rows, num_tokens) <= num_sms and columns >= parts * _LEAST_PART_COLUMNS
+            ]
         shapes += [GemmShape(layout, epilogue, tile, 1, True, aligned=aligned) for tile in SPLIT_TILES if tile >= num_tokens]
-    return min(shapes, key=lambda shape: _cycles(shape, rows, columns, num_tokens, num_sms))
+    best = min(shapes, key=lambda shape: _cycles(shape, rows, columns, num_tokens, num_sms))
+    if not in_parts:
+        return best
+    cycles = {shape: _busy_cycles(shape, rows, columns, num_tokens, num_sms) for shape in (best, *in_parts)}
+    fastest = min(in_parts, key=lambda shape: (cycles[shape], shape.row_groups))
+    return fastest if best.split or cycles[fastest] < _PARTS_SHARE * cycles[best] else best
 
 
 @cache
@@ -190,3 +217,11 @@ def _cycles(shape: GemmShape, rows: int, columns: int, num_tokens: int, num_sms:
     steps = _PANEL_CYCLES + _PANEL_CYCLES_PER_TOKEN * tokens + _PANEL_CYCLES_PER_GROUP * groups
     end = _END_CYCLES_PER_VALUE[shape.epilogue] * shape.rows * tokens
     return shape.rounds(rows, num_tokens, num_sms) * (panels * max(multiply, fetch, steps) + end)
+
+
+def _busy_cycles(shape: GemmShape, rows: int, columns: int, num_tokens: int, num_sms: int) -> float:
+    """The same of a card that is kept busy, which power and the L2 cache limit, for tiles with and without parts."""
+    panels = -(-columns // _PANEL_COLUMNS) / shape.parts + _PART_LAG_PANELS * (shape.parts - 1) / 2
+    panel = _BUSY_PANEL_CYCLES + _BUSY_CYCLES_PER_PRODUCT * shape.row_groups * 2 * shape.tile_tokens
+    ends = _BUSY_END_CYCLES + _BUSY_PART_CYCLES * (shape.parts - 1)
+    return shape.rounds(rows, num_tokens, num_sms) * (panels * panel + ends)

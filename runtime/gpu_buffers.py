@@ -123,9 +123,11 @@ def device_buffers(config: ModelConfig, limits: Limits) -> list[Buffer]:
 def gemm_workspace(limits: Limits) -> list[tuple[str, int, str]]:
     """(name, bytes, formula) of what the divided products of `gemm_wgmma.cu` share."""
     largest = GemmShape("tile16x512", 0, max(SPLIT_TILES), 1, split=True)
+    in_parts = GemmShape("tile16x512", 1, 64, 3, parts=2)
+    flags = max(shape.flags(limits.num_sms) for shape in (largest, in_parts))
     return [
         ("gemm_partials", largest.partials_bytes(limits.num_sms), "blocks may share a tile"),
-        ("gemm_flags", 4 * largest.flags(limits.num_sms), "4 a warpgroup"),
+        ("gemm_flags", 4 * flags, "4 a warpgroup"),
     ]
 
 

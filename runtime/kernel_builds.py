@@ -50,6 +50,8 @@ def _gemm(arch: str) -> Iterator[Build]:
         GemmShape(tiles, 1, 176, 3, aligned=64),
         GemmShape(tiles, 2, 192, 3, aligned=128),
         GemmShape(tiles, 1, 256, 1),
+        GemmShape(tiles, 1, 256, 2, aligned=128, parts=2),
+        GemmShape(tiles, 1, 192, 3, aligned=128, parts=3),
         GemmShape(tiles, 0, 64, 1),
         GemmShape(tiles, 1, 80, 1, aligned=128),
         GemmShape(mxfp4, 1, 256, 2),

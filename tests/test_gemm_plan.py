@@ -41,11 +41,17 @@ def tiles(shape: GemmShape, rows: int, columns: int, num_tokens: int, block: int
             position += end - begin
         return found
     token_band = shape.token_band(columns, num_tokens)
-    for number in range(block, row_tiles * token_tiles, NUM_SMS):
+    for turn in range(block, shape.parts * row_tiles * token_tiles, NUM_SMS):
+        part, number = divmod(turn, row_tiles * token_tiles)
         band, place = divmod(number, token_band * row_tiles)
         width = min(token_band, token_tiles - band * token_band)
-        found.append((place // width, (band * token_band + place % width) * shape.tile_tokens, 0, stages))
+        begin, end = (part_begin(shape, stages, part + i) for i in (0, 1))
+        found.append((place // width, (band * token_band + place % width) * shape.tile_tokens, begin, end))
     return found
+
+
+def part_begin(shape: GemmShape, stages: int, part: int) -> int:
+    return stages * part // shape.parts - 4 // shape.stage_panels * part * (shape.parts - part) // 2
 
 
 @pytest.mark.parametrize(("rows", "columns", "epilogue"), MATRICES)
@@ -65,7 +71,8 @@ def test_every_stage_of_every_tile_belongs_to_one_block(rows: int, columns: int,
                 assert ranges[0][0] == 0
                 assert ranges[-1][1] == -(-columns // (64 * shape.stage_panels))
                 assert all(a[1] == b[0] for a, b in pairwise(ranges))
-                assert shape.split or len(ranges) == 1
+                assert shape.split or len(ranges) == shape.parts
+                assert all(begin < end for begin, end in ranges)
 
 
 def test_shapes_fit_and_are_used_well() -> None:
@@ -81,10 +88,17 @@ def test_shapes_fit_and_are_used_well() -> None:
                 assert not shape.split or shape.tile_tokens >= num_tokens
                 assert shape.partials_bytes(NUM_SMS) <= planned["gemm_partials"]
                 assert 4 * shape.flags(NUM_SMS) <= planned["gemm_flags"]
-                assert not gemm_shape(layout, epilogue, rows, columns, num_tokens, NUM_SMS, invariant=True).split
-    assert gemm_shape("tile16x512", 1, 2560, 9728, 32, NUM_SMS).split
-    few_tiles = gemm_shape("tile16x512", 1, 2560, 9728, 128, NUM_SMS)
-    assert (few_tiles.row_groups, few_tiles.tile_tokens) == (1, 64)
+                assert shape.parts == 1 or shape.parts * shape.tiles(rows, num_tokens) <= NUM_SMS  # all resident
+                invariant = gemm_shape(layout, epilogue, rows, columns, num_tokens, NUM_SMS, invariant=True)
+                assert not invariant.split
+                assert invariant.parts == 1
+    assert gemm_shape("mxfp4", 1, 2560, 9728, 32, NUM_SMS).split
+    for columns, num_tokens, expected in (
+        (9728, 32, (1, 32, 3)), (4096, 32, (1, 32, 2)), (9728, 128, (1, 128, 3)), (4096, 128, (1, 64, 1)),
+        (9728, 640, (2, 224, 2)), (4096, 640, (2, 112, 1)),
+    ):  # fmt: skip
+        found = gemm_shape("tile16x512", 1, 2560, columns, num_tokens, NUM_SMS)
+        assert (found.row_groups, found.tile_tokens, found.parts) == expected
     large = gemm_shape("tile16x512", 0, 6144, 2560, 8192, NUM_SMS)
     assert (large.row_groups, large.tile_tokens) == (2, 256)
 

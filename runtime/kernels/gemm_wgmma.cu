@@ -5,6 +5,8 @@
 // activations as the "tiled" layout has them. Blocks stay and go from tile to tile.
 //
 // SPLIT 0: a tile is one block's, over all of K. Tiles go in bands of `token_band` token tiles, rows outermost within one.
+// With PARTS above 1 (EPILOGUE 1, 8 stages a part or more) as many blocks share a tile's columns and add to y in turn, so that
+// few large tiles do for all multiprocessors. Every block must be resident at once.
 // SPLIT 1: at most TILE_TOKENS tokens, of a matrix with too few tiles to read it by all multiprocessors. All stages of the
 // matrix, row tile by row tile, are one sequence that is cut into equal ranges, one per block; the block with a tile's first
 // stage owns it. The others have its stages at the start of their ranges, so their sums are in `partials` before the owner asks
@@ -22,10 +24,10 @@
 //              its Kp), column 8b + g = activation(gate row g, up row g + 8) of row block b; zeros beyond 8 * row_blocks
 // EPILOGUE 3   y: queries, q of qkv_post.cu, for a fused projection of y_columns = ceil16(q) + 2 ceil16(k) rows; gemm_qkv.cuh
 // partials     SPLIT: float4 [gridDim.x][ROW_GROUPS][TILE_TOKENS / 8][128]
-// flags        SPLIT: u32 [gridDim.x][ROW_GROUPS], zero before and after
+// flags        SPLIT: u32 [gridDim.x][ROW_GROUPS], PARTS above 1: [tiles][ROW_GROUPS]; zero before and after
 //
 // Numerics: FP32 accumulation in column order, whatever the tile: what a token gets depends on no other. With SPLIT the ranges
-// of a tile are added in order, which depends on gridDim.x too.
+// of a tile are added in order, which depends on gridDim.x too; with PARTS each part is added to y, in order.
 #define WGMMA_N TILE_TOKENS
 #include "activation.cuh"
 #include "codec.cuh"
@@ -52,6 +54,7 @@ constexpr int SLOT_BYTES = (WEIGHTS_OFFSET + CONSUMER_WARPS * WEIGHT_BYTES + 102
 static_assert(STAGE_STEPS * STEP_COLUMNS == STAGE_COLUMNS, "a stage is whole steps");
 static_assert(STAGE_PANELS == 1 || (STAGE_PANELS == 2 && WHOLE_STAGES), "the last stage may have half a panel, but not one of two");
 static_assert(PANEL_BYTES % 1024 == 0 && WEIGHT_BYTES % 16 == 0, "swizzle groups and bulk copies stay aligned");
+static_assert(PARTS == 1 || (!SPLIT && EPILOGUE == 1), "parts are added to y");
 static_assert(STAGES >= 2, "a slot is free once the next stage's products are on their way");
 
 // Results go in slices of 8 tokens, and pass through shared memory: with EPILOGUE 2 a warpgroup's 32 columns of all tokens at
@@ -79,6 +82,7 @@ struct Tile {
     int row_tile;
     int token;  // the first
     int begin, end;
+    int part, number;  // with PARTS; number: among the tiles
 };
 
 struct Matrix {
@@ -110,16 +114,21 @@ struct Schedule {
     }
 };
 #else
+constexpr int PART_LAG = 4 / STAGE_PANELS;  // stages that a part has more than the one before: what adding to y takes
+
 struct Schedule {
     int row_tiles, token_tiles, token_band, stages;
     int next = blockIdx.x;
 
+    MEMBER int part_begin(int part) const { return stages * part / PARTS - PART_LAG * part * (PARTS - part) / 2; }
     MEMBER bool pop(Tile& tile) {
-        if (next >= row_tiles * token_tiles) return false;
-        const int band = next / (token_band * row_tiles), place = next % (token_band * row_tiles);
+        const int tiles = row_tiles * token_tiles;
+        if (next >= PARTS * tiles) return false;
+        tile.part = PARTS > 1 ? next / tiles : 0, tile.number = PARTS > 1 ? next % tiles : next;
+        const int band = tile.number / (token_band * row_tiles), place = tile.number % (token_band * row_tiles);
         const int width = min(token_band, token_tiles - band * token_band);
         tile.row_tile = place / width, tile.token = (band * token_band + place % width) * TILE_TOKENS;
-        tile.begin = 0, tile.end = stages;
+        tile.begin = part_begin(tile.part), tile.end = part_begin(tile.part + 1);
         next += gridDim.x;
         return true;
     }
@@ -314,6 +323,27 @@ struct Exchange {
 };
 #endif
 
+#if PARTS > 1
+// Whose turn it is to add to a warpgroup's part of a tile.
+struct Turns {
+    u32* flag;
+    int group, thread;  // warpgroup of the block, thread of the warpgroup
+
+    MEMBER void wait(u32 part) const {
+        if (part == 0) return;
+        if (thread == 0) {
+            while (load_acquire(flag) != part) {}
+        }
+        named_barrier(1 + group, GROUP_THREADS);
+    }
+    MEMBER void pass(u32 part) const {
+        __threadfence();
+        named_barrier(1 + group, GROUP_THREADS);
+        if (thread == 0) store_release(flag, part + 1 < PARTS ? part + 1 : 0);
+    }
+};
+#endif
+
 // ---- epilogues ------------------------------------------------------------------------------------------------------
 
 struct Output {
@@ -407,7 +437,7 @@ struct Store {
     MEMBER Store(const Matrix& m, const Output& out, const Tile& tile) : out(out) {
         const int lane = out.thread % 32, warp = out.thread / 32, g = lane / 4, t = lane % 4, piece = lane % 4, token = lane / 4;
         const int row_block = tile.row_tile * CONSUMER_WARPS + 4 * out.group + warp, row = 16 * row_block + 4 * piece;
-        const bool exists = row_block < m.row_blocks;
+        const bool exists = row_block < m.row_blocks && (PARTS == 1 || tile.part == 0);
         low_bias = exists ? bias_of(out.bias, 16 * row_block + g) : 0.0f;
         high_bias = exists ? bias_of(out.bias, 16 * row_block + g + 8) : 0.0f;
         num_rows = out.columns - row, num_tokens = num_rows > 0 ? out.num_tokens - tile.token - token : 0;
@@ -503,6 +533,11 @@ gemm_wgmma(const u8* weights, int row_blocks, int steps, const u8* activations, 
 #endif
 #if EPILOGUE == 3
         team.run(m, tile, bias, acc);
+#elif PARTS > 1
+        const Turns turns = {flags + tile.number * ROW_GROUPS + group, group, thread};
+        turns.wait(tile.part);
+        Store(m, out, tile).run(acc);
+        turns.pass(tile.part);
 #else
         Store(m, out, tile).run(acc);
 #endif

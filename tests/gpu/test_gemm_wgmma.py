@@ -31,6 +31,8 @@ TILES = [  # tokens, warpgroups
 ]  # fmt: skip
 
 
+PARTS = [(64, 1, 3), (96, 1, 4), (112, 2, 2), (128, 3, 2), (192, 3, 3), (224, 2, 2), (256, 2, 2), (256, 1, 4)]
+
 SWIGLU = [(1552, 300, 0.0), (1552, 63, 7.0), (48, 17, 0.0), (4096, 700, 0.0)]  # rows, tokens, limit
 SWIGLU_COLUMNS = 864
 GATED = [("tile16x512", "BF16"), ("tile16x512", "F16"), ("mxfp4", "BF16")]
@@ -46,6 +48,10 @@ def compiled_ahead(gpu: Any, request: pytest.FixtureRequest) -> None:
     shapes = [gemm_shape(layout, 0, *case, gpu.num_sms) for case in SHAPES for layout in LANE_COLUMNS]
     shapes += [GemmShape("tile16x512", 0, *tile, aligned=aligned) for tile in TILES for aligned in (32, 64, 128)]
     builds = [defines(replace(shape, epilogue=epilogue), "BF16") for shape in shapes for epilogue in (0, 1)]
+    for layout, columns in (("tile16x512", 2592), ("tile16x512", 4096), ("mxfp4", 4096)):
+        for tile, groups, parts in PARTS:
+            shape = GemmShape(layout, 1, tile, groups, aligned=math.gcd(columns, 128), parts=parts)
+            builds.append(defines(shape, "BF16"))
     for rows, tokens, _ in SWIGLU:
         for layout, dtype in GATED:
             for shape in swiglu_shapes(layout, rows, tokens, gpu.num_sms):
@@ -174,6 +180,25 @@ def test_divided_among_few_and_many_blocks(gpu: Any, layout: str, columns: int, 
         x = rng.standard_normal((tokens, weights.values.shape[1])).astype(np.float32)
         shape = GemmShape(layout, 0, tile, 1, split=True, aligned=math.gcd(columns, 128))
         check_store_and_add(gpu, weights, x, shape, blocks=min(blocks, gpu.num_sms))
+
+
+@pytest.mark.parametrize(("tile", "groups", "parts"), PARTS)
+@pytest.mark.parametrize(("layout", "columns"), [("tile16x512", 2592), ("tile16x512", 4096), ("mxfp4", 4096)])
+def test_parts_of_the_columns_are_added_in_turn(
+    gpu: Any, layout: str, columns: int, tile: int, groups: int, parts: int
+) -> None:
+    """With a bias, which is added once; `run` asks twice for the same bits."""
+    rng = np.random.default_rng(tile)
+    rows = 560
+    weights = matrix(rng, rows, columns, "BF16", layout)  # 35 row blocks
+    shape = GemmShape(layout, 1, tile, groups, aligned=math.gcd(columns, 128), parts=parts)
+    bias = as_bits(10 * rng.standard_normal(rows), "BF16")
+    for tokens in (1, tile - 3, 2 * tile + 5):
+        x = rng.standard_normal((tokens, weights.values.shape[1])).astype(np.float32)
+        before = rng.standard_normal((tokens, rows)).astype(np.float32)
+        added = run(gpu, weights, x, shape, before, rows, bias).astype(np.float64)
+        expected = product(weights, x) + widen_bits(bias, "BF16")
+        assert np.linalg.norm(added - before - expected) < relative_bound(columns) * np.linalg.norm(expected)
 
 
 def test_f16_and_float_bias(gpu: Any) -> None:
