@@ -33,6 +33,7 @@ CHUNK_PER_SEQUENCE = 4  # the more decode, the longer a pass takes anyway, and t
 CHUNK_PER_PROMPT = 4  # beside that, where prompts wait: a queue that fills at once is read in large passes
 _EXPIRY_SECONDS = 0.01  # between looks at deadlines
 _PLANNING_SECONDS, _PLANNING_SHARE = 2e-3, 0.25  # so long, or such a share, before a pass ends the next one is planned
+_LONGEST_WAIT_SECONDS = 0.02  # for requests: more where one pass was slow would keep the device waiting
 _ALIKE_TOKENS = 32  # passes that differ by fewer tokens are expected to take as long
 _SLOWER, _SLOWER_SECONDS = 1.1, 1e-4  # expectations rise by so much at once: one pass that was late must not make others late
 
@@ -134,7 +135,8 @@ class Scheduler:
         if not self._free_slots or not len(self._flying) == self._executor.steps_ahead == 1:
             return 0.0
         expected = self._expected.get(_size(self._flying[0][1]), 0.0)
-        return max(0.0, self._begun + expected - max(_PLANNING_SHARE * expected, _PLANNING_SECONDS) - self._clock())
+        longest = min(expected - max(_PLANNING_SHARE * expected, _PLANNING_SECONDS), _LONGEST_WAIT_SECONDS)
+        return max(0.0, self._begun + longest - self._clock())
 
     def _expire(self) -> None:
         now = self._clock()

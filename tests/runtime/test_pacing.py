@@ -134,6 +134,19 @@ def test_passes_are_planned_late_enough_for_what_comes_while_one_runs(count: int
     assert soonest[0] - soonest[1] > 0.9 * device.pass_ms(4 * count, count - 1)
 
 
+def test_a_pass_that_was_slow_once_makes_no_others_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ModelledDevice()
+    usual, slow = device.pass_ms, [2000.0]
+
+    def pass_ms(num_prompt: int, num_decoding: int) -> float:
+        """The first one without prompts is the slow one."""
+        return usual(num_prompt, num_decoding) if num_prompt or not slow else slow.pop()
+
+    monkeypatch.setattr(device, "pass_ms", pass_ms)
+    Clients(Scheduler(device, max_batch_tokens=2048, clock=device.clock), 32, rounds=1).run(device)
+    assert device.now - device.busy < 50
+
+
 def test_planning_waits_for_nobody_where_nobody_could_come_in() -> None:
     device = ModelledDevice()
     scheduler = Scheduler(device, max_batch_tokens=2048, clock=device.clock)
