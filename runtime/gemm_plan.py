@@ -1,8 +1,9 @@
 """Builds and launch numbers of `gemm_wgmma.cu`, the matrix product for many tokens; the kernel asserts that they are its own.
 
 A tile is one block's over all columns, so what a token gets depends on no other token. Where there are too few tiles for all
-multiprocessors, the matrix is divided evenly for few tokens and the sums of what shares a tile are added; for more tokens, in a
-product that adds to the residual stream, several blocks share the columns of large tiles and add one after the other.
+multiprocessors, several blocks share the columns of each and add to y one after the other, if the product adds to the residual
+stream and its weights have 16 bits; else, for few tokens, the matrix is divided evenly and the sums of what shares a tile are
+added.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ _COPY_BYTES_PER_CYCLE = 60
 _PANEL_CYCLES, _PANEL_CYCLES_PER_TOKEN, _PANEL_CYCLES_PER_GROUP = 240, 1.4, 150
 _EXCHANGE_CYCLES_PER_TOKEN, _MEMORY_BYTES_PER_CYCLE = 150, 1420  # of a divided product, by all multiprocessors
 _END_CYCLES_PER_VALUE = {EPILOGUE_STORE: 0.2, EPILOGUE_ADD: 0.1, EPILOGUE_SWIGLU: 0.3, EPILOGUE_QKV: 0.3}
-# Likewise for choosing between parts and none, fitted to 98 tiles' times of 2560 x 9728 and 2560 x 4096 on an H200, 96 to 768
-# tokens, each for half a second.
+# Likewise for choosing between parts and none, fitted to 102 times of 2560 x 9728 and 2560 x 4096 on an H200, 96 to 768 tokens,
+# each a mean over 0.3 s.
 _BUSY_PANEL_CYCLES, _BUSY_CYCLES_PER_PRODUCT, _BUSY_END_CYCLES, _BUSY_PART_CYCLES = 117, 1.255, 3460, 3120
 _PARTS_SHARE = 0.97  # of the time without them, or less: the fit is off by some per cent
 _QKV_POST_CYCLES, _QKV_POST_CYCLES_PER_TOKEN = 9000, 25
@@ -170,6 +171,7 @@ def gemm_shape(
         return best
     cycles = {shape: _busy_cycles(shape, rows, columns, num_tokens, num_sms) for shape in (best, *in_parts)}
     fastest = min(in_parts, key=lambda shape: (cycles[shape], shape.row_groups))
+    # what is divided evenly is not in the fit; of 16 to 64 tokens parts were always faster
     return fastest if best.split or cycles[fastest] < _PARTS_SHARE * cycles[best] else best
 
 

@@ -437,9 +437,9 @@ struct Store {
     MEMBER Store(const Matrix& m, const Output& out, const Tile& tile) : out(out) {
         const int lane = out.thread % 32, warp = out.thread / 32, g = lane / 4, t = lane % 4, piece = lane % 4, token = lane / 4;
         const int row_block = tile.row_tile * CONSUMER_WARPS + 4 * out.group + warp, row = 16 * row_block + 4 * piece;
-        const bool exists = row_block < m.row_blocks && (PARTS == 1 || tile.part == 0);
-        low_bias = exists ? bias_of(out.bias, 16 * row_block + g) : 0.0f;
-        high_bias = exists ? bias_of(out.bias, 16 * row_block + g + 8) : 0.0f;
+        const bool has_bias = row_block < m.row_blocks && (PARTS == 1 || tile.part == 0);
+        low_bias = has_bias ? bias_of(out.bias, 16 * row_block + g) : 0.0f;
+        high_bias = has_bias ? bias_of(out.bias, 16 * row_block + g + 8) : 0.0f;
         num_rows = out.columns - row, num_tokens = num_rows > 0 ? out.num_tokens - tile.token - token : 0;
         y = static_cast<float*>(out.y) + static_cast<u64>(tile.token + token) * out.pitch + row;
         float* buffer = reinterpret_cast<float*>(out.staging) + warp * 2 * 8 * SLICE_PITCH;

@@ -31,6 +31,7 @@ TILES = [  # tokens, warpgroups
 ]  # fmt: skip
 
 
+MATRICES_IN_PARTS = [("tile16x512", 2592), ("tile16x512", 4096), ("mxfp4", 4096)]  # layout, columns
 PARTS = [(64, 1, 3), (96, 1, 4), (112, 2, 2), (128, 3, 2), (192, 3, 3), (224, 2, 2), (256, 2, 2), (256, 1, 4)]
 
 SWIGLU = [(1552, 300, 0.0), (1552, 63, 7.0), (48, 17, 0.0), (4096, 700, 0.0)]  # rows, tokens, limit
@@ -48,15 +49,16 @@ def compiled_ahead(gpu: Any, request: pytest.FixtureRequest) -> None:
     shapes = [gemm_shape(layout, 0, *case, gpu.num_sms) for case in SHAPES for layout in LANE_COLUMNS]
     shapes += [GemmShape("tile16x512", 0, *tile, aligned=aligned) for tile in TILES for aligned in (32, 64, 128)]
     builds = [defines(replace(shape, epilogue=epilogue), "BF16") for shape in shapes for epilogue in (0, 1)]
-    for layout, columns in (("tile16x512", 2592), ("tile16x512", 4096), ("mxfp4", 4096)):
-        for tile, groups, parts in PARTS:
-            shape = GemmShape(layout, 1, tile, groups, aligned=math.gcd(columns, 128), parts=parts)
-            builds.append(defines(shape, "BF16"))
+    builds += [defines(shape_in_parts(*case, *tile), "BF16") for case in MATRICES_IN_PARTS for tile in PARTS]
     for rows, tokens, _ in SWIGLU:
         for layout, dtype in GATED:
             for shape in swiglu_shapes(layout, rows, tokens, gpu.num_sms):
                 builds += [defines(shape, dtype, Y_LANE_COLUMNS=lane_columns) for lane_columns in (8, 32)]
     compile_all(Build.of("gemm_wgmma", gpu.arch, **each) for each in builds)
+
+
+def shape_in_parts(layout: str, columns: int, tile: int, groups: int, parts: int) -> GemmShape:
+    return GemmShape(layout, 1, tile, groups, aligned=math.gcd(columns, 128), parts=parts)
 
 
 def swiglu_shapes(layout: str, rows: int, tokens: int, num_sms: int) -> list[GemmShape]:
@@ -183,7 +185,7 @@ def test_divided_among_few_and_many_blocks(gpu: Any, layout: str, columns: int, 
 
 
 @pytest.mark.parametrize(("tile", "groups", "parts"), PARTS)
-@pytest.mark.parametrize(("layout", "columns"), [("tile16x512", 2592), ("tile16x512", 4096), ("mxfp4", 4096)])
+@pytest.mark.parametrize(("layout", "columns"), MATRICES_IN_PARTS)
 def test_parts_of_the_columns_are_added_in_turn(
     gpu: Any, layout: str, columns: int, tile: int, groups: int, parts: int
 ) -> None:
@@ -191,7 +193,7 @@ def test_parts_of_the_columns_are_added_in_turn(
     rng = np.random.default_rng(tile)
     rows = 560
     weights = matrix(rng, rows, columns, "BF16", layout)  # 35 row blocks
-    shape = GemmShape(layout, 1, tile, groups, aligned=math.gcd(columns, 128), parts=parts)
+    shape = shape_in_parts(layout, columns, tile, groups, parts)
     bias = as_bits(10 * rng.standard_normal(rows), "BF16")
     for tokens in (1, tile - 3, 2 * tile + 5):
         x = rng.standard_normal((tokens, weights.values.shape[1])).astype(np.float32)
